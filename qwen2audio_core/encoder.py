@@ -1,0 +1,101 @@
+"""Log-mel spectrogram to audio states: a Whisper encoder with an average pool behind it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen2audio_core import ops
+from qwen2audio_core.config import AudioConfig
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm (eps 1e-5) with a slot for its arithmetic."""
+
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.layer_norm_op = ops.layer_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer_norm_op(x, self.weight, self.bias, self.eps)
+
+
+class EncoderAttention(nn.Module):
+    """Self-attention over all valid frames of a clip. The key projection has no bias."""
+
+    def __init__(self, config: AudioConfig):
+        super().__init__()
+        width = config.d_model
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+        self.attention_op = ops.sdpa
+
+    def forward(self, x: Tensor, key_end: Tensor | None) -> Tensor:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_proj(x).view(heads)  # (B, T, H, C)
+        k = self.k_proj(x).view(heads)
+        v = self.v_proj(x).view(heads)
+        y = self.attention_op(q, k, v, key_end=key_end)
+        return self.out_proj(y.reshape(x.shape))  # (B, T, Da)
+
+
+class EncoderLayer(nn.Module):
+    """One pre-norm transformer layer: attention, then an MLP with GELU."""
+
+    def __init__(self, config: AudioConfig):
+        super().__init__()
+        self.self_attn = EncoderAttention(config)
+        self.self_attn_layer_norm = LayerNorm(config.d_model)
+        self.fc1 = nn.Linear(config.d_model, config.encoder_ffn_dim)
+        self.fc2 = nn.Linear(config.encoder_ffn_dim, config.d_model)
+        self.final_layer_norm = LayerNorm(config.d_model)
+        self.gelu_op = ops.gelu
+
+    def forward(self, x: Tensor, key_end: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.self_attn_layer_norm(x), key_end)
+        x = x + self.fc2(self.gelu_op(self.fc1(self.final_layer_norm(x))))
+        if x.dtype == torch.float16:  # the published model's guard against overflow
+            limit = torch.finfo(x.dtype).max - 1000
+            x = x.clamp(-limit, limit)
+        return x
+
+
+class AudioEncoder(nn.Module):
+    """The audio tower (`audio_tower` in the checkpoint).
+
+    The position table is a tensor of the checkpoint, never trained and never recomputed.
+    """
+
+    def __init__(self, config: AudioConfig):
+        super().__init__()
+        self.conv1 = nn.Conv1d(config.num_mel_bins, config.d_model, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(config.d_model, config.d_model, kernel_size=3, stride=2, padding=1)
+        self.embed_positions = nn.Embedding(config.max_source_positions, config.d_model)
+        self.embed_positions.requires_grad_(False)
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.layer_norm = LayerNorm(config.d_model)
+        self.gelu_op = ops.gelu
+
+    def forward(self, mel: Tensor, conv_frames: Tensor) -> Tensor:
+        """Encode a batch of clips.
+
+        mel          (n, M, F)  log-mels from frontend.log_mel, shorter ones padded at the right
+                     with any finite value; cast to the weights' dtype
+        conv_frames  (n,)  integers, frontend.clip_lengths(samples).conv_frames of each clip
+        returns      (n, A, Da)  audio states, A = max(conv_frames) // 2; rows of clip i behind
+                     conv_frames[i] // 2 are meaningless
+        """
+        longest = int(conv_frames.max())
+        x = self.gelu_op(self.conv1(mel.to(self.conv1.weight.dtype)))  # (n, Da, F)
+        x = self.gelu_op(self.conv2(x))[:, :, :longest].transpose(1, 2)  # (n, T, Da), 20 ms a frame
+        x = x + self.embed_positions.weight[:longest]
+        # Frames behind a shorter clip's end are computed with the batch and hidden from attention.
+        ragged = bool((conv_frames != longest).any())
+        key_end = conv_frames.to(x.device) if ragged else None
+        for layer in self.layers:
+            x = layer(x, key_end)
+        # Two frames to one token, 40 ms; a last odd frame is heard by the layers, then dropped.
+        x = F.avg_pool1d(x.transpose(1, 2), kernel_size=2, stride=2).transpose(1, 2)  # (n, A, Da)
+        return self.layer_norm(x)

@@ -1,0 +1,125 @@
+"""Waveform to log-mel, and the one place that turns samples into frames into audio tokens.
+
+    samples (16,000/s)  --STFT, hop 160-->       mel frames   (100/s)
+                        --conv, stride 2-->      conv frames  (50/s)
+                        --avg pool, stride 2-->  audio tokens (25/s, 40 ms each)
+
+The published model pads every clip to 30 s and masks the padding away inside the encoder. Here only
+the frames that carry sound are computed. The result is the same: see `log_mel`.
+"""
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen2audio_core.errors import AudioError
+
+SAMPLE_RATE = 16_000  # Hz
+N_FFT = 400  # samples in a window, 25 ms
+HOP_LENGTH = 160  # samples between windows, 10 ms
+MAX_SECONDS = 30
+MAX_SAMPLES = MAX_SECONDS * SAMPLE_RATE  # 480,000
+MAX_FRAMES = MAX_SAMPLES // HOP_LENGTH  # 3,000 mel frames
+SECONDS_PER_TOKEN = 4 * HOP_LENGTH / SAMPLE_RATE  # 0.04
+
+
+class ClipLengths(NamedTuple):
+    """How long one clip is at each stage. Prompt, encoder and splice all read it here."""
+
+    mel_frames: int  # L, frames whose first sample belongs to the clip
+    conv_frames: int  # F, frames the encoder's attention sees
+    audio_tokens: int  # K, placeholders in the prompt and rows spliced into it
+    input_frames: int  # mel frames fed to the encoder: those that F conv frames can see
+
+
+def clip_lengths(samples: int) -> ClipLengths:
+    """Lengths of a clip of `samples` samples at 16 kHz.
+
+        L = ceil(N / 160)    F = ceil(L / 2)    K = floor(F / 2)    input = min(2F + 1, 3000)
+
+    Two convolutions of width 3, the second with stride 2, let conv frame F - 1 see mel frame 2F and
+    no later one. A clip of 320 samples (20 ms) or fewer has no audio token.
+
+    errors   AudioError for more than 480,000 samples (30 s)
+    """
+    if not 0 <= samples <= MAX_SAMPLES:
+        raise AudioError(
+            f"a clip of {samples} samples ({samples / SAMPLE_RATE:.2f} s) exceeds the model's"
+            f" window of {MAX_SECONDS} s: split it first (audio.split)"
+        )
+    mel_frames = -(-samples // HOP_LENGTH)
+    conv_frames = -(-mel_frames // 2)
+    input_frames = min(2 * conv_frames + 1, MAX_FRAMES) if conv_frames else 0
+    return ClipLengths(mel_frames, conv_frames, conv_frames // 2, input_frames)
+
+
+@cache
+def mel_filters(num_mel_bins: int = 128) -> Tensor:
+    """Triangular filters that sum the power spectrum into mel bins.
+
+    returns  (M, 201) float32; bin m rises from edge m to 1 at edge m + 1 and falls to 0 at edge
+             m + 2, then is scaled by 2 / (its width in Hz). The M + 2 edges are equally spaced from
+             0 to 8,000 Hz on Slaney's mel scale: linear below 1,000 Hz, above it 27 steps per
+             factor 6.4.
+    Slaney, Auditory Toolbox, 1998; the same filters as librosa.filters.mel(norm="slaney").
+    """
+    hz_per_mel, break_hz, log_step = 200 / 3, 1000.0, math.log(6.4) / 27
+    break_mel = break_hz / hz_per_mel
+    top_mel = break_mel + math.log(SAMPLE_RATE / 2 / break_hz) / log_step
+    mels = torch.linspace(0, top_mel, num_mel_bins + 2, dtype=torch.float64)
+    edges = torch.where(
+        mels < break_mel, mels * hz_per_mel, break_hz * torch.exp(log_step * (mels - break_mel))
+    )
+    freqs = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)
+    lower, center, upper = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    rising = (freqs - lower) / (center - lower)
+    falling = (upper - freqs) / (upper - center)
+    triangles = torch.minimum(rising, falling).clamp(min=0)
+    return (triangles * 2 / (upper - lower)).float()
+
+
+def log_mel(waveform: Tensor, num_mel_bins: int = 128) -> Tensor:
+    """Log-mel spectrogram of one clip, on the waveform's device.
+
+        x = log10(max(mel @ |STFT|^2, 1e-10))       Hann window of 400, hop 160, reflected edges
+        y = (max(x, max over the clip of x - 8) + 4) / 4
+
+    waveform  (N,)  float32 in [-1, 1], mono, 16 kHz, N <= 480,000; float64 computes in float64
+    returns   (M, input_frames)  the waveform's dtype: the first frames of what the published
+              frontend computes for the clip padded to 30 s, up to the last one that the encoder's
+              valid frames can see. Every frame behind them is silence of the padding.
+    errors    AudioError for more than 30 s; ValueError for another shape or dtype
+    Whisper, arXiv 2212.04356, section 2.2, with the per-clip maximum of its published code.
+    """
+    if waveform.ndim != 1 or waveform.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"waveform is {tuple(waveform.shape)} of {waveform.dtype},"
+            " expected (N,) of float32 or float64"
+        )
+    lengths = clip_lengths(waveform.shape[0])
+    if lengths.input_frames == 0:
+        return waveform.new_empty(num_mel_bins, 0)
+    # The maximum needs frame L + 1 as well: its window still reaches the clip's last 40 samples.
+    frames = max(lengths.input_frames, lengths.mel_frames + 2)
+    half = N_FFT // 2
+    if frames >= MAX_FRAMES:
+        frames = MAX_FRAMES
+        padded = F.pad(waveform, (0, MAX_SAMPLES - waveform.shape[0]))
+        padded = F.pad(padded[None], (half, half), mode="reflect")[0]
+    else:  # no window reaches the end of the 30 s, where the published frontend reflects again
+        end = (frames - 1) * HOP_LENGTH + half
+        padded = F.pad(waveform, (0, end - waveform.shape[0]))
+        padded = F.pad(padded[None], (half, 0), mode="reflect")[0]
+    window = torch.hann_window(N_FFT, device=waveform.device, dtype=torch.float32).to(
+        waveform.dtype
+    )
+    stft = torch.stft(padded, N_FFT, HOP_LENGTH, window=window, center=False, return_complex=True)
+    power = torch.view_as_real(stft[:, :frames]).square().sum(-1)  # (201, frames)
+    mel = mel_filters(num_mel_bins).to(power) @ power
+    log = mel.clamp(min=1e-10).log10()
+    log = torch.maximum(log, log.max() - 8.0)
+    return (log[:, : lengths.input_frames] + 4.0) / 4.0

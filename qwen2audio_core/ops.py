@@ -1,0 +1,196 @@
+"""The mathematics of the model as plain functions: what every kernel is tested against.
+
+Each function here fills an op slot of the modules (an attribute whose name ends in `_op`). A faster
+version has the same name and signature in qwen2audio_kernels and is put in with `backends.use`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Scale each vector to unit root-mean-square, then by a learned weight.
+
+    y = weight * x / sqrt(mean(x^2) + eps)          mean over the last axis
+
+    x        (..., D)  any float dtype; statistics are taken in float32 (float64 for float64)
+    weight   (D,)
+    returns  (..., D)  x's dtype; rounded once before the weight, as the published model does
+    Zhang and Sennrich, arXiv 1910.07467, equation 4.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Shift each vector to mean zero and unit variance, then scale and shift by learned vectors.
+
+    y = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias      biased variance, last axis
+
+    x        (..., D)
+    weight, bias (D,)
+    returns  (..., D)  x's dtype
+    Ba et al., arXiv 1607.06450, equation 4.
+    """
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Gaussian error linear unit in its exact form, y = x * (1 + erf(x / sqrt(2))) / 2.
+
+    x (...) any float dtype; returns the same shape and dtype.
+    Hendrycks and Gimpel, arXiv 1606.08415.
+    """
+    return F.gelu(x)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Gated activation of the MLP, y = gate / (1 + exp(-gate)) * up.
+
+    gate, up (..., D) of one dtype; returns (..., D), with silu(gate) rounded to that dtype before
+    the product, as the published model does. Shazeer, arXiv 2002.05202, equation 6.
+    """
+    return F.silu(gate) * up
+
+
+def rope_tables(
+    positions: Tensor, channels: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles, position * theta^(-2i / channels).
+
+    positions  (B, T)  integers
+    returns    cos, sin (B, T, C/2), computed in float32 and rounded to `dtype` before use, as the
+               published model does (in bfloat16 this rounding is part of its arithmetic)
+    """
+    exponent = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device) / channels
+    angles = positions[..., None].float() * (1.0 / theta**exponent)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn queries and keys by an angle that grows with their position.
+
+    Channel i is paired with channel i + C/2 (halves, not neighbours):
+
+        first'  = first  * cos - second * sin
+        second' = second * cos + first  * sin
+
+    q        (B, T, H, C)
+    k        (B, T, G, C)
+    cos, sin (B, T, C/2)  from rope_tables
+    returns  q, k of the same shapes and dtype. Su et al., arXiv 2104.09864, section 3.4.
+    """
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (B, T, 1, C/2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    key_start: Tensor | None = None,
+    key_end: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention, every step written out.
+
+    y = softmax(q k^T / sqrt(C)) v        over the keys that a query may see
+
+    The T queries are the last T of the S positions. Query i of row b sees key j if and only if
+
+        key_start[b] <= j < key_end[b]   and, where `causal`,   j <= i + S - T
+
+    which covers left padding (key_start), right padding (key_end) and keys already in a cache
+    (S > T). Example, causal, S = 4, T = 2, key_start = [1]:     keys  0 1 2 3
+                                                        query 0        . x x .
+                                                        query 1        . x x x
+
+    q          (B, T, H, C)
+    k, v       (B, S, G, C)   G divides H; query head h reads key head h // (H / G)
+    key_start  (B,) integers or None for 0
+    key_end    (B,) integers or None for S
+    returns    (B, T, H, C)   q's dtype; softmax in float32 (float64 for float64); zeros where a
+               query sees no key
+    Vaswani et al., arXiv 1706.03762, section 3.2.1; grouped heads, arXiv 2305.13245.
+    """
+    groups = q.shape[2] // k.shape[2]
+    keys = k.repeat_interleave(groups, dim=2)
+    values = v.repeat_interleave(groups, dim=2)
+    scores = torch.einsum("bthc,bshc->bhts", q, keys) * q.shape[-1] ** -0.5  # (B, H, T, S)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+    visible = visible_keys(q.shape[1], k.shape[1], causal, key_start, key_end, q.device)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    weights = torch.softmax(scores, dim=-1).nan_to_num(0.0).to(q.dtype)
+    return torch.einsum("bhts,bshc->bthc", weights, values)
+
+
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    key_start: Tensor | None = None,
+    key_end: Tensor | None = None,
+) -> Tensor:
+    """The same function as `attention`, through PyTorch's fused kernels. Shapes as there."""
+    T, S = q.shape[1], k.shape[1]
+    # PyTorch's is_causal aligns the first query with the first key, so it serves only T == S.
+    plain = key_start is None and key_end is None and (not causal or T == 1 or T == S)
+    visible = None if plain else visible_keys(T, S, causal, key_start, key_end, q.device)
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=visible,
+        is_causal=plain and causal and T > 1,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    if key_start is not None or key_end is not None:
+        # A fused kernel may return anything, even NaN, for a query that sees no key.
+        assert visible is not None
+        y = y.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    return y.transpose(1, 2)
+
+
+def visible_keys(
+    T: int,
+    S: int,
+    causal: bool,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    device: torch.device,
+) -> Tensor | None:
+    """The keys each query sees (see `attention`): bool (B or 1, 1, T or 1, S), None for all."""
+    keys = torch.arange(S, device=device)
+    visible = None
+    if causal and T > 1:
+        queries = torch.arange(S - T, S, device=device)
+        visible = (keys <= queries[:, None])[None, None]
+    if key_start is not None:
+        after = (keys >= key_start[:, None])[:, None, None]
+        visible = after if visible is None else visible & after
+    if key_end is not None:
+        before = (keys < key_end[:, None])[:, None, None]
+        visible = before if visible is None else visible & before
+    return visible
+
+
+def cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Mean negative log-likelihood of the labels under softmax(x weight^T).
+
+    x       (P, D)   hidden states at P positions, already shifted against the labels
+    weight  (V, D)   the lm_head's weight
+    labels  (P,)     integers; positions that hold `ignore_index` do not count
+    returns ()       float32 (float64 for float64); zero where every position is ignored
+    """
+    logits = F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32))
+    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    return total / (labels != ignore_index).sum().clamp(min=1)
