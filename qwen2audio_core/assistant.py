@@ -1,0 +1,369 @@
+"""The small interface: load a checkpoint, then ask, stream, converse, or answer a batch.
+
+Everything here is put together from the parts below it. People who change the model use those:
+
+    prompt = chat.encode(messages, tokenizer)      turns and clips to ids
+    batch = chat.collate([prompt], pad_id)         ids and log-mels, padded
+    logits = model(batch.ids, batch.mel, batch.conv_frames)
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from qwen2audio_core import chat, tiny, weights
+from qwen2audio_core.chat import Long, Prompt
+from qwen2audio_core.errors import InputError
+from qwen2audio_core.generate import Generation
+from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.sampling import Settings
+from qwen2audio_core.tokenizer import TextStream, Tokenizer
+
+Message = dict[str, Any]
+
+
+@dataclass
+class Reply:
+    """One answer, and what it took."""
+
+    prompt: Prompt
+    text: str = ""
+    ids: list[int] = field(default_factory=list)  # with the end token, if the model wrote one
+    finish_reason: str = ""  # "stop": end token or stop string; "length": max_new_tokens or context
+    seconds: dict[str, float] = field(default_factory=dict)  # encode, prefill, decode of its batch
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Stream:
+    """Answers while they are written. Iterate once over it or over `events`; `replies` fills up.
+
+    for piece in stream              the pieces of text of a single answer
+    for row, piece in stream.events  those of several, as they come
+    """
+
+    def __init__(self, run: Generation, replies: list[Reply], writers: list["StopWriter"]):
+        self.replies = replies
+        self._run = run
+        self._writers = writers
+
+    def __iter__(self) -> Iterator[str]:
+        return (piece for _, piece in self.events)
+
+    @property
+    def reply(self) -> Reply:
+        """The first answer."""
+        return self.replies[0]
+
+    @property
+    def events(self) -> Iterator[tuple[int, str]]:
+        while self._run.running:
+            for row, token in self._run.step():
+                writer, answer, reply = (
+                    self._writers[row],
+                    self._run.answers[row],
+                    self.replies[row],
+                )
+                piece = writer.push(token)
+                if writer.stopped:
+                    self._run.finish(row)
+                if answer.finish_reason:
+                    piece += writer.finish()
+                reply.text += piece
+                reply.ids, reply.finish_reason = answer.ids, answer.finish_reason
+                reply.seconds = self._run.seconds
+                if piece:
+                    yield row, piece
+
+    def finished(self) -> list[Reply]:
+        """Run to the end; returns all answers."""
+        for _ in self.events:
+            pass
+        return self.replies
+
+
+class StopWriter:
+    """Ids of one answer to text that is safe to show: whole characters, no stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+        self.stopped = False
+        self._stop = tuple(stop)
+        self._text = TextStream(tokenizer)
+        self._held = ""  # might be the beginning of a stop string
+
+    def push(self, token: int) -> str:
+        """The text that this id makes certain."""
+        return self._release(self._text.push(token))
+
+    def finish(self) -> str:
+        """What was still held back."""
+        piece = self._release(self._text.finish()) + self._held
+        self._held = ""
+        return piece
+
+    def _release(self, piece: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + piece
+        found = [place for place in map(text.find, self._stop) if place >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of the text that begins the stop string."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Assistant:
+    """A model with its tokenizer and its published generation settings.
+
+    Options of every method that answers:
+
+        greedy, temperature, top_k, top_p, repetition_penalty, max_new_tokens, min_new_tokens
+                  change the checkpoint's settings; giving temperature, top_k or top_p samples
+        seed      makes sampling repeatable
+        stop      strings that end an answer; they are not part of it
+        system    replaces the published system prompt
+        long      what to do with a clip of more than 30 s: "split", "cut" or "error"
+        notice    called with one line for everything worth knowing, such as a split
+    """
+
+    def __init__(self, model: Qwen2Audio, tokenizer: Tokenizer, settings: Settings, name: str = ""):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.name = name
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.language_model.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.language_model.lm_head.weight.dtype
+
+    def ask(self, text: str | None = None, audio: Any = None, **options: Any) -> Reply:
+        """Answer one question.
+
+        text   the question; None where the audio itself is the instruction (voice chat)
+        audio  a path, URL, bytes or file, an (array, rate) pair, or a list of these
+        """
+        return self.stream(text, audio, **options).finished()[0]
+
+    def stream(self, text: str | None = None, audio: Any = None, **options: Any) -> Stream:
+        """Like `ask`, but returns the Stream of the answer's pieces."""
+        return self.stream_messages([user_turn(text, audio)], **options)
+
+    def stream_messages(self, messages: Sequence[Message], **options: Any) -> Stream:
+        """Answer a conversation, [{"role": ..., "content": ...}, ...] as chat.encode takes it."""
+        encoding = {key: options.pop(key) for key in ("system", "long", "notice") if key in options}
+        return self.stream_prompts([self.encode(messages, **encoding)], **options)
+
+    def complete(self, text: str, audio: Any = None, **options: Any) -> Reply:
+        """Continue a raw prompt, as the base model is used: no template, placeholders in the text.
+
+        For example "<|audio_bos|><|AUDIO|><|audio_eos|>Generate the caption in English:".
+        """
+        encoding = {key: options.pop(key) for key in ("long", "notice") if key in options}
+        prompt = self.encode_raw(text, audio, **encoding)
+        return self.stream_prompts([prompt], **options).finished()[0]
+
+    def batch(
+        self, conversations: Sequence[Sequence[Message]], answers: int = 1, **options: Any
+    ) -> list[list[Reply]]:
+        """Answer conversations at once, each `answers` times: replies[conversation][answer]."""
+        if not conversations:
+            return []
+        encoding = {key: options.pop(key) for key in ("system", "long", "notice") if key in options}
+        prompts = [self.encode(messages, **encoding) for messages in conversations]
+        replies = self.stream_prompts(prompts, answers=answers, **options).finished()
+        return [replies[i : i + answers] for i in range(0, len(replies), answers)]
+
+    def chat(self, system: str | None = None) -> "Chat":
+        """Begin a conversation that remembers its turns and clips."""
+        return Chat(self, system)
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        system: str | None = None,
+        long: Long = "split",
+        notice: Callable[[str], None] | None = None,
+    ) -> Prompt:
+        """Turns and clips to one prompt, with this checkpoint's tokenizer and limits."""
+        return self._checked(
+            chat.encode(messages, self.tokenizer, system=system, long=long), notice
+        )
+
+    def encode_raw(
+        self,
+        text: str,
+        audio: Any = None,
+        long: Long = "error",
+        notice: Callable[[str], None] | None = None,
+    ) -> Prompt:
+        """A raw prompt and its clips to one prompt."""
+        return self._checked(
+            chat.encode_raw(text, clip_list(audio), self.tokenizer, long=long), notice
+        )
+
+    def _checked(self, prompt: Prompt, notice: Callable[[str], None] | None) -> Prompt:
+        chat.check_length(prompt, self.model.config.text.max_position_embeddings)
+        if notice is not None:
+            for line in prompt.notices:
+                notice(line)
+        return prompt
+
+    def stream_prompts(
+        self,
+        prompts: Sequence[Prompt],
+        answers: int = 1,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        **changes: Any,
+    ) -> Stream:
+        """Answer encoded prompts in one batch: all answers to the first, then to the second, ..."""
+        settings = change(self.settings, **changes)
+        bins = self.model.config.audio.num_mel_bins
+        batch = chat.collate(prompts, settings.pad_token_id, num_mel_bins=bins, device=self.device)
+        run = Generation(self.model, batch, settings, answers, seed)
+        writers = [StopWriter(self.tokenizer, stop) for _ in run.answers]
+        replies = [Reply(prompts[row // answers]) for row in range(len(run.answers))]
+        return Stream(run, replies, writers)
+
+
+class Chat:
+    """A conversation. `messages` is the whole of it, in the form that chat.encode takes."""
+
+    def __init__(self, assistant: Assistant, system: str | None = None):
+        self.assistant = assistant
+        self.system = system
+        self.messages: list[Message] = []
+
+    def say(self, text: str | None = None, audio: Any = None, **options: Any) -> Reply:
+        """Take a turn; returns the answer and remembers both."""
+        stream = self.stream(text, audio, **options)
+        for _ in stream:
+            pass
+        return stream.reply
+
+    def stream(self, text: str | None = None, audio: Any = None, **options: Any) -> "Turn":
+        """Take a turn and watch the answer; one that is broken off is kept as far as it came."""
+        return Turn(self, self.messages, user_turn(text, audio), options)
+
+    def retry(self, **options: Any) -> "Turn":
+        """Answer the last turn again; the answer it had is forgotten."""
+        turns = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not turns:
+            raise InputError("there is no turn to try again")
+        last = turns[-1]
+        turn = Turn(self, self.messages[:last], self.messages[last], options)
+        del self.messages[last:]
+        return turn
+
+    def clear(self) -> None:
+        """Forget every turn; the system prompt stays."""
+        self.messages.clear()
+
+
+class Turn:
+    """The answer to one turn of a Chat as it is written. Iterate once over its pieces."""
+
+    def __init__(
+        self, chat: Chat, before: list[Message], message: Message, options: dict[str, Any]
+    ):
+        options.setdefault("system", chat.system)
+        self._chat = chat
+        self._message = message
+        self._stream = chat.assistant.stream_messages([*before, message], **options)
+
+    @property
+    def reply(self) -> Reply:
+        return self._stream.reply
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._stream
+        finally:
+            answer = {"role": "assistant", "content": self.reply.text}
+            self._chat.messages += [self._message, answer]
+
+
+def load(
+    model: str = "tiny",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Assistant:
+    """Load a checkpoint.
+
+    model   a hub id ("Qwen/Qwen2-Audio-7B-Instruct"), a folder in the published layout, or "tiny":
+            a small random model, made on the spot, whose words mean nothing
+    device  None takes the GPU where there is one
+    dtype   None keeps the checkpoint's own, bfloat16 for the published ones
+    """
+    folder = tiny.folder() if model == "tiny" else weights.find(model)
+    return Assistant(
+        weights.load_model(folder, device=pick_device(device), dtype=dtype),
+        Tokenizer.from_folder(folder),
+        weights.read_settings(folder),
+        model,
+    )
+
+
+def pick_device(device: torch.device | str | None = None) -> torch.device:
+    """The device asked for, or the best one here: cuda, then mps, then cpu."""
+    if device is not None:
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(
+                f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}"
+            ) from error
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def change(settings: Settings, greedy: bool | None = None, **changes: Any) -> Settings:
+    """Settings with some values replaced; None leaves a value as it is."""
+    changes = {name: value for name, value in changes.items() if value is not None}
+    unknown = changes.keys() - Settings.__dataclass_fields__.keys()
+    if unknown:
+        raise InputError(f"unknown option {sorted(unknown)[0]!r}")
+    drawing = changes.keys() & {"temperature", "top_k", "top_p"}
+    if greedy and drawing:
+        raise InputError(f"greedy decoding draws nothing: leave out {sorted(drawing)[0]}")
+    if greedy is not None or drawing:
+        changes.setdefault("do_sample", not greedy)
+    return replace(settings, **changes)
+
+
+def clip_list(audio: Any) -> list[Any]:
+    """One clip or a list of clips, to a list. A pair (array, rate) is one clip."""
+    if audio is None:
+        return []
+    return list(audio) if isinstance(audio, list) else [audio]
+
+
+def user_turn(text: str | None, audio: Any = None) -> Message:
+    """A user's turn as the published examples write it: the clips first, then the text."""
+    items: list[Message] = []
+    for clip in clip_list(audio):
+        if isinstance(clip, tuple):
+            source, rate = clip
+            items.append({"type": "audio", "audio": source, "sampling_rate": rate})
+        else:
+            items.append({"type": "audio", "audio": clip})
+    if text:
+        items.append({"type": "text", "text": text})
+    if not items:
+        raise InputError("nothing was asked: give a text, a clip, or both")
+    return {"role": "user", "content": items}

@@ -1,0 +1,145 @@
+"""Prompts to answers, one token at a time. Simple and readable: what any faster way must equal."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from qwen2audio_core.cache import KVCache
+from qwen2audio_core.chat import Batch
+from qwen2audio_core.errors import InputError
+from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.sampling import Settings, choose
+
+
+@dataclass
+class Answer:
+    """The tokens of one answer. The end token is among them when the model wrote it."""
+
+    ids: list[int] = field(default_factory=list)
+    finish_reason: str = (
+        ""  # "stop": an end token or the caller; "length": out of tokens; "": running
+    )
+
+
+class Generation:
+    """A batch of prompts being answered, one token per running row and step.
+
+        run = Generation(model, batch, settings)
+        while run.running:
+            for row, token in run.step(): ...
+
+    answers  how many for each prompt; rows of prompt i are i * answers ... (i + 1) * answers - 1.
+             The prompt and its clips are read once.
+    seed     for sampling; None draws from PyTorch's global generator
+    seconds  how long it took so far: {"encode", "prefill", "decode"}
+    """
+
+    def __init__(
+        self,
+        model: Qwen2Audio,
+        batch: Batch,
+        settings: Settings,
+        answers: int = 1,
+        seed: int | None = None,
+    ):
+        if answers < 1:
+            raise InputError(f"answers is {answers}, it must be at least 1")
+        self.model = model
+        self.settings = settings
+        weight = model.language_model.lm_head.weight
+        self.device = device = weight.device
+        self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        ids, mask = batch.ids.to(device), batch.attention_mask.to(device)
+        limit = model.config.text.max_position_embeddings
+        longest = int(mask.sum(-1).max())
+        if longest >= limit:
+            raise InputError(f"the prompt has {longest} tokens, the model's context holds {limit}")
+        self.budget = min(settings.max_new_tokens, limit - longest)
+        cache = KVCache(
+            model.config.text, ids.shape[0], ids.shape[1] + self.budget - 1, device, weight.dtype
+        )
+        self.cache = cache
+        self.seconds = {"encode": 0.0, "prefill": 0.0, "decode": 0.0}
+        with torch.inference_mode():
+            with self._timed("encode"):
+                x = model.embed(ids, batch.mel, batch.conv_frames)
+            with self._timed("prefill"):
+                self.logits = model.decode(x, mask, cache, last_only=True)[:, 0]
+            # Padding must not count as a repetition: the row's last token stands in its place.
+            self.history = torch.where(mask != 0, ids, ids[:, -1:])
+            if answers > 1:
+                rows = torch.arange(ids.shape[0], device=device).repeat_interleave(answers)
+                cache.select(rows)
+                self.logits, self.history = self.logits[rows], self.history[rows]
+        self.answers = [Answer() for _ in range(len(self.logits))]
+        self.written = 0
+
+    @property
+    def running(self) -> bool:
+        """Whether any row still waits for a token."""
+        return any(not answer.finish_reason for answer in self.answers)
+
+    def finish(self, row: int) -> None:
+        """End a row here, for the caller's own reason. The token it last got stays."""
+        if not self.answers[row].finish_reason:
+            self.answers[row].finish_reason = "stop"
+
+    def step(self) -> list[tuple[int, int]]:
+        """Write one token in every running row. Returns (row, id) of each."""
+        with torch.inference_mode(), self._timed("decode"):
+            tokens = self._next()
+        news = []
+        for row, (answer, token) in enumerate(zip(self.answers, tokens, strict=True)):
+            if answer.finish_reason:
+                continue
+            answer.ids.append(token)
+            news.append((row, token))
+            if token in self.settings.eos_token_ids:
+                answer.finish_reason = "stop"
+            elif self.written == self.budget:
+                answer.finish_reason = "length"
+        return news
+
+    def _next(self) -> list[int]:
+        if self.written:  # the last step's tokens are read only now: the very last ones never are
+            x = self.model.language_model.model.embed_tokens(self.history[:, -1:])
+            self.logits = self.model.decode(x, cache=self.cache)[:, 0]
+        tokens = choose(self.logits, self.history, self.written, self.settings, self.generator)
+        over = [row for row, answer in enumerate(self.answers) if answer.finish_reason]
+        if over:  # they are computed along with the others, on anything, and read by nobody
+            tokens[over] = self.history[over, -1]
+        self.history = torch.cat((self.history, tokens[:, None]), dim=1)
+        self.written += 1
+        return tokens.tolist()
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[stage] += time.perf_counter() - began
+
+
+def generate(
+    model: Qwen2Audio,
+    batch: Batch,
+    settings: Settings,
+    answers: int = 1,
+    seed: int | None = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
+) -> list[Answer]:
+    """Answer every prompt of a batch.
+
+    on_token  called with (row, id) for every new token; returning True ends that row
+    returns   answers of prompt 0, then of prompt 1, ...; other arguments as in Generation
+    """
+    run = Generation(model, batch, settings, answers, seed)
+    while run.running:
+        for row, token in run.step():
+            if on_token is not None and on_token(row, token):
+                run.finish(row)
+    return run.answers

@@ -1,0 +1,101 @@
+"""Logits to the next token: pure functions, applied in the published order."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen2audio_core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are drawn and where they end. The defaults draw nothing: plain argmax.
+
+    A checkpoint's generation_config.json brings its own (weights.read_settings): the published
+    Instruct model samples at temperature 0.7, top_k 20, top_p 0.5 and penalty 1.1. Greedy decoding
+    with those settings (`do_sample=False`) keeps the penalty, as the reference does.
+    """
+
+    max_new_tokens: int = 256  # counts new tokens alone, never the prompt
+    min_new_tokens: int = 0  # no end token before so many
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    eos_token_ids: tuple[int, ...] = (151643, 151645)  # <|endoftext|>, <|im_end|>
+    pad_token_id: int = 151643
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("min_new_tokens", self.min_new_tokens >= 0, "at least 0"),
+            ("temperature", 0 < self.temperature < float("inf"), "above 0 (use greedy for 0)"),
+            ("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
+        )
+        for name, good, expected in checks:
+            if not good:
+                raise InputError(f"{name} is {getattr(self, name)}, it must be {expected}")
+
+
+def choose(
+    logits: Tensor,
+    history: Tensor,
+    new_tokens: int,
+    settings: Settings,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Pick the next token of every row.
+
+    logits      (B, V)  any float dtype; all arithmetic is in float32
+    history     (B, T)  ids read and written so far, without padding (repeat a real id instead)
+    new_tokens  how many of them were generated
+    generator   source of randomness; None for PyTorch's global one. Each call draws once.
+    returns     (B,)  ids
+    """
+    scores = logits.float()
+    if settings.repetition_penalty != 1.0:
+        scores = penalise_repetition(scores, history, settings.repetition_penalty)
+    if new_tokens < settings.min_new_tokens:
+        ends = torch.tensor(settings.eos_token_ids, device=scores.device)
+        scores = scores.index_fill(-1, ends, float("-inf"))
+    if not settings.do_sample:
+        return scores.argmax(-1)
+    scores = scores / settings.temperature
+    if settings.top_k:
+        scores = keep_top_k(scores, settings.top_k)
+    if settings.top_p < 1.0:
+        scores = keep_top_p(scores, settings.top_p)
+    return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def penalise_repetition(scores: Tensor, history: Tensor, penalty: float) -> Tensor:
+    """Divide the positive scores of ids that occurred by the penalty, multiply the negative ones.
+
+    scores (B, V), history (B, T) -> (B, V). However often an id occurred, it is penalised once.
+    Keskar et al., arXiv 1909.05858, section 4.1, with the sign rule of the published code.
+    """
+    seen = scores.gather(1, history)
+    return scores.scatter(1, history, torch.where(seen < 0, seen * penalty, seen / penalty))
+
+
+def keep_top_k(scores: Tensor, k: int) -> Tensor:
+    """Send all but a row's k highest scores (B, V) to -inf; ties with the k-th stay."""
+    lowest = scores.topk(min(k, scores.shape[-1])).values[:, -1:]
+    return scores.masked_fill(scores < lowest, float("-inf"))
+
+
+def keep_top_p(scores: Tensor, p: float) -> Tensor:
+    """Send the least likely tokens to -inf while their total probability is at most 1 - p.
+
+    (B, V) -> (B, V); the most likely token always stays. Holtzman et al., arXiv 1904.09751.
+    """
+    candidates = int((scores > float("-inf")).sum(-1).max())  # sorting 20 is cheaper than 156,032
+    ranked, ids = scores.topk(candidates)
+    ranked, ids = ranked.flip(-1), ids.flip(-1)  # rising
+    drop = ranked.softmax(-1).cumsum(-1) <= 1 - p
+    drop[:, -1] = False
+    return scores.scatter(1, ids, ranked.masked_fill(drop, float("-inf")))

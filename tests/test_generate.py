@@ -1,0 +1,265 @@
+"""Generating: stopping, several answers, streaming text, stop strings, the small interface."""
+
+import pytest
+import torch
+
+from qwen2audio_core import chat, tiny
+from qwen2audio_core.assistant import Assistant, StopWriter, change, load, user_turn
+from qwen2audio_core.errors import InputError, PromptError
+from qwen2audio_core.generate import Generation, generate
+from qwen2audio_core.sampling import Settings
+
+
+@pytest.fixture(scope="module")
+def assistant(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield load("tiny", device="cpu")
+    patch.undo()
+
+
+def noise(seed=0, seconds=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(int(16000 * seconds), generator=generator) * 0.1, 16000
+
+
+def batch_of(assistant, *questions):
+    prompts = [assistant.encode([user_turn(q, noise(i))]) for i, q in enumerate(questions)]
+    return chat.collate(prompts, assistant.settings.pad_token_id)
+
+
+def test_length_and_reason(assistant):
+    settings = Settings(max_new_tokens=5, eos_token_ids=())
+    (answer,) = generate(assistant.model, batch_of(assistant, "a"), settings)
+    assert len(answer.ids) == 5 and answer.finish_reason == "length"
+
+
+def test_a_row_stops_at_its_end_token_and_the_others_go_on(assistant):
+    batch = batch_of(assistant, "a", "something longer", "c")
+    free = Settings(max_new_tokens=12, eos_token_ids=())
+    rows = [answer.ids for answer in generate(assistant.model, batch, free)]
+    end = rows[1][3]
+    first = [row.index(end) if end in row else None for row in rows]
+    settings = Settings(max_new_tokens=12, eos_token_ids=(end,), pad_token_id=end)
+    for row, stop, answer in zip(
+        rows, first, generate(assistant.model, batch, settings), strict=True
+    ):
+        assert answer.ids == (row if stop is None else row[: stop + 1])
+        assert answer.finish_reason == ("length" if stop is None else "stop")
+
+
+def test_the_prompt_does_not_count_and_the_context_does(assistant):
+    batch = batch_of(assistant, "x" * 100)
+    settings = Settings(max_new_tokens=3, eos_token_ids=())
+    assert len(generate(assistant.model, batch, settings)[0].ids) == 3
+    limit = tiny.TINY.text.max_position_embeddings
+    ids = torch.ones(1, limit - 2, dtype=torch.long)
+    near = chat.Batch(ids, torch.ones_like(ids), None, None)
+    (answer,) = generate(assistant.model, near, Settings(max_new_tokens=50, eos_token_ids=()))
+    assert len(answer.ids) == 2 and answer.finish_reason == "length"
+    full = chat.Batch(torch.ones(1, limit).long(), torch.ones(1, limit).long(), None, None)
+    with pytest.raises(InputError, match=f"{limit} tokens, the model's context holds {limit}"):
+        generate(assistant.model, full, settings)
+
+
+def test_a_callback_sees_every_token_and_can_stop(assistant):
+    seen = []
+
+    def watch(row, token):
+        seen.append((row, token))
+        return row == 0 and len([r for r, _ in seen if r == 0]) == 2
+
+    settings = Settings(max_new_tokens=6, eos_token_ids=())
+    answers = generate(assistant.model, batch_of(assistant, "a", "b"), settings, on_token=watch)
+    assert [len(a.ids) for a in answers] == [2, 6]
+    assert [a.finish_reason for a in answers] == ["stop", "length"]
+    for row, answer in enumerate(answers):
+        assert [token for r, token in seen if r == row] == answer.ids
+
+
+def test_several_answers_read_the_prompt_once(assistant, monkeypatch):
+    calls = []
+    encode = assistant.model.encode_audio
+    monkeypatch.setattr(
+        assistant.model, "encode_audio", lambda *a: calls.append(len(a[0])) or encode(*a)
+    )
+    settings = Settings(max_new_tokens=8, do_sample=True, temperature=3.0, eos_token_ids=())
+    batch = batch_of(assistant, "a", "b")
+    answers = generate(assistant.model, batch, settings, answers=4, seed=1)
+    assert calls == [2] and len(answers) == 8
+    assert len({tuple(a.ids) for a in answers}) > 4
+    again = generate(assistant.model, batch, settings, answers=4, seed=1)
+    assert [a.ids for a in again] == [a.ids for a in answers]
+    with pytest.raises(InputError, match="answers is 0"):
+        generate(assistant.model, batch, settings, answers=0)
+
+
+def test_no_forward_pass_for_a_token_nobody_reads(assistant, monkeypatch):
+    calls = []
+    decode = assistant.model.decode
+    monkeypatch.setattr(
+        assistant.model, "decode", lambda *a, **k: calls.append(1) or decode(*a, **k)
+    )
+    run = Generation(
+        assistant.model,
+        batch_of(assistant, "a"),
+        Settings(max_new_tokens=4, eos_token_ids=()),
+    )
+    while run.running:
+        run.step()
+    assert len(calls) == 4  # the prompt and three tokens
+    assert run.cache.length == run.cache.capacity
+    assert all(seconds > 0 for seconds in run.seconds.values())
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def written(tokenizer, text, stop):
+    """What a StopWriter lets through, piece by piece, and whether it stopped."""
+    writer = StopWriter(tokenizer, stop)
+    pieces = []
+    for token in tokenizer.encode(text):
+        if writer.stopped:
+            break
+        pieces.append(writer.push(token))
+    return [*pieces, writer.finish()], writer.stopped
+
+
+@pytest.mark.parametrize(
+    "text, stop, expected, stopped",
+    [
+        ("hello world", [], "hello world", False),
+        ("hello world", ["wor"], "hello ", True),
+        ("hello world", ["xyz", "lo w"], "hel", True),
+        ("aab", ["ab"], "a", True),
+        ("aaab", ["aab"], "a", True),
+        ("stop at the en", ["end"], "stop at the en", False),
+        ("你好，世界", ["世"], "你好，", True),
+        ("🎧🎶 ok", ["🎶"], "🎧", True),
+        ("x", ["x"], "", True),
+        ("one two", ["two", "one"], "", True),
+    ],
+)
+def test_stop_strings(assistant, text, stop, expected, stopped):
+    pieces, did_stop = written(assistant.tokenizer, text, stop)
+    assert ("".join(pieces), did_stop) == (expected, stopped)
+
+
+def test_only_what_might_be_a_stop_is_held_back(assistant):
+    pieces, _ = written(assistant.tokenizer, "abcabd", ["abd"])
+    assert pieces == ["", "", "abc", "", "", "", ""]
+
+
+def test_streamed_text_is_the_text_of_the_ids(assistant):
+    stream = assistant.stream("Hello", noise(), temperature=5.0, seed=3, max_new_tokens=60)
+    pieces = list(stream)
+    reply = stream.reply
+    assert "".join(pieces) == reply.text == assistant.tokenizer.decode(reply.ids)
+    assert "�" not in "".join(pieces[:-1]) or "�" in reply.text
+    assert reply.finish_reason in ("stop", "length")
+    assert str(reply) == reply.text
+
+
+def test_stop_string_ends_an_answer(assistant):
+    options = {"temperature": 3.0, "seed": 5, "max_new_tokens": 60}
+    whole = assistant.ask("Hello", noise(), **options).text
+    middle = whole[len(whole) // 2 :][:2]
+    reply = assistant.ask("Hello", noise(), stop=[middle], **options)
+    assert reply.text == whole[: whole.index(middle)]
+    assert reply.finish_reason == "stop"
+
+
+# --- the small interface --------------------------------------------------------------------------
+
+
+def test_a_batch_equals_its_rows(assistant):
+    conversations = [
+        [user_turn("One", noise(1))],
+        [user_turn("A longer question about two clips", [noise(2, 0.3), noise(3, 2.1)])],
+        [user_turn("No clip")],
+    ]
+    options = {"greedy": True, "max_new_tokens": 16}
+    together = assistant.batch(conversations, **options)
+    for conversation, (reply,) in zip(conversations, together, strict=True):
+        (alone,) = assistant.stream_messages(conversation, **options).finished()
+        assert reply.ids == alone.ids and reply.text == alone.text
+    assert assistant.batch([]) == []
+    twice = assistant.batch(conversations, answers=2, **options)
+    assert [[r.ids for r in row] for row in twice] == [[row[0].ids] * 2 for row in together]
+
+
+def test_a_conversation_is_remembered(assistant):
+    talk = assistant.chat()
+    first = talk.say("One", noise(1), greedy=True, max_new_tokens=8)
+    second = talk.say("Two", greedy=True, max_new_tokens=8)
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
+    assert second.prompt.ids[: len(first.prompt.ids)] == first.prompt.ids
+    assert second.prompt.audio_tokens == first.prompt.audio_tokens
+    again = list(talk.retry(temperature=4.0, seed=9, max_new_tokens=8))
+    assert len(talk.messages) == 4 and talk.messages[-1]["content"] == "".join(again)
+    talk.clear()
+    assert talk.messages == []
+    with pytest.raises(InputError, match="no turn to try again"):
+        talk.retry()
+
+
+def test_an_answer_that_is_broken_off_is_kept_as_far_as_it_came(assistant):
+    talk = assistant.chat()
+    turn = iter(talk.stream("One", temperature=3.0, seed=1, max_new_tokens=50))
+    piece = next(turn)
+    turn.close()
+    assert talk.messages[-1] == {"role": "assistant", "content": piece}
+
+
+def test_a_turn_that_cannot_be_read_costs_nothing(assistant):
+    talk = assistant.chat()
+    talk.say("One", max_new_tokens=2)
+    with pytest.raises(InputError):
+        talk.say("Two", "no-such-file.wav")
+    assert len(talk.messages) == 2
+    turn = talk.messages[0]
+    with pytest.raises(InputError, match="must be above 0"):
+        talk.retry(temperature=0.0)
+    assert talk.messages[0] is turn and len(talk.messages) == 2
+
+
+def test_system_prompt(assistant):
+    ids = assistant.encode([user_turn("x")], system="Be brief.").ids
+    assert "system\nBe brief." in assistant.tokenizer.decode(ids)
+
+
+def test_raw_prompt(assistant):
+    text = "<|audio_bos|><|AUDIO|><|audio_eos|>Generate the caption in English:"
+    reply = assistant.complete(text, noise(), greedy=True, max_new_tokens=3)
+    assert len(reply.ids) <= 3 and reply.prompt.audio_tokens == [25]
+    with pytest.raises(PromptError):
+        assistant.complete(text)
+
+
+def test_options():
+    base = Settings(do_sample=True, temperature=0.7, top_k=20, top_p=0.5, repetition_penalty=1.1)
+    assert change(base) == base
+    assert change(base, temperature=None) == base
+    assert change(base, greedy=True).do_sample is False
+    assert change(base, greedy=True).repetition_penalty == 1.1
+    assert change(Settings(), temperature=0.5).do_sample is True
+    with pytest.raises(InputError, match="unknown option 'temprature'"):
+        change(base, temprature=1)
+    with pytest.raises(InputError, match="leave out top_k"):
+        change(base, greedy=True, top_k=5)
+    with pytest.raises(InputError, match="nothing was asked"):
+        user_turn(None, [])
+
+
+def test_the_plain_parts_make_the_same_answer(assistant):
+    """What the README shows to people who change the model."""
+    messages = [user_turn("What is it?", noise())]
+    prompt = chat.encode(messages, assistant.tokenizer)
+    batch = chat.collate([prompt], assistant.settings.pad_token_id)
+    with torch.no_grad():
+        logits = assistant.model(batch.ids, batch.mel, batch.conv_frames)
+    assert logits.shape == (1, len(prompt.ids), tiny.TINY.text.vocab_size)
+    reply = assistant.ask("What is it?", noise(), greedy=True, repetition_penalty=1.0)
+    assert logits[0, -1].argmax().item() == reply.ids[0]
+    assert isinstance(assistant, Assistant)
