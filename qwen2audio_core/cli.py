@@ -1,0 +1,423 @@
+"""The command `qwen2audio`.
+
+Errors a person can cause are one line on stderr and exit code 2. Answers go to stdout, everything
+else to stderr.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+from qwen2audio_core.errors import InputError
+
+if TYPE_CHECKING:  # PyTorch takes seconds to load; the help text does not wait for it
+    from qwen2audio_core.assistant import Assistant
+
+app = typer.Typer(
+    help="Qwen2-Audio in plain PyTorch: ask about speech, sound and music, and get text.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="Hub id (Qwen/Qwen2-Audio-7B-Instruct), checkpoint folder, or tiny."
+    ),
+]
+Audio = Annotated[
+    list[str] | None,
+    typer.Option("--audio", "-a", metavar="FILE...", help="Clips, files or URLs, one or more."),
+]
+System = Annotated[str | None, typer.Option("--system", "-s", help="Another system prompt.")]
+Greedy = Annotated[
+    bool, typer.Option("--greedy", help="No sampling. Keeps the checkpoint's repetition penalty.")
+]
+Temperature = Annotated[float | None, typer.Option(help="Sample at this temperature.")]
+TopK = Annotated[int | None, typer.Option(help="Sample among so many tokens, 0 for all.")]
+TopP = Annotated[float | None, typer.Option(help="Sample among tokens of this probability mass.")]
+Penalty = Annotated[float | None, typer.Option("--repetition-penalty", help="1 for none.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+NewTokens = Annotated[
+    int | None, typer.Option(help="Longest answer in tokens; the prompt does not count.")
+]
+Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text.")]
+Long = Annotated[
+    Literal["split", "cut", "error"], typer.Option(help="What to do with a clip over 30 s.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best here.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16", "float64"] | None,
+    typer.Option(help="Default: the checkpoint's own."),
+]
+
+
+@app.command()
+def ask(
+    text: Annotated[str | None, typer.Argument(help="The question. None: the clip asks.")] = None,
+    audio: Audio = None,
+    model: Model = "tiny",
+    system: System = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="TEXT is the whole prompt, as for the base model.")
+    ] = False,
+    greedy: Greedy = False,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = None,
+    max_new_tokens: NewTokens = None,
+    stop: Stop = None,
+    long: Long = "split",
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Ask about clips, or let a clip ask.
+
+    Examples:
+
+        qwen2audio ask "What is that sound?" --audio glass.mp3
+
+        qwen2audio ask --audio question.wav
+
+        qwen2audio ask "Which is louder?" --audio a.wav b.wav --greedy
+
+        qwen2audio ask --raw --model Qwen/Qwen2-Audio-7B --audio clip.wav \\
+            "<|audio_bos|><|AUDIO|><|audio_eos|>Generate the caption in English:"
+    """
+    from qwen2audio_core.assistant import user_turn
+
+    message = user_turn(text, audio)  # before the model is loaded
+    if raw and (text is None or system is not None):
+        raise InputError("--raw takes TEXT as the whole prompt, and no --system")
+    began = time.perf_counter()
+    assistant = _load(model, device, dtype)
+    loaded = time.perf_counter()
+    with _quiet_libraries():
+        prompt = (
+            assistant.encode_raw(text or "", audio, "cut" if long == "cut" else "error", _note)
+            if raw  # one placeholder holds one clip, so a raw prompt cannot be split
+            else assistant.encode([message], system, long, _note)
+        )
+    stream = assistant.stream_prompts(
+        [prompt],
+        seed=seed,
+        stop=stop or (),
+        greedy=greedy or None,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        max_new_tokens=max_new_tokens,
+    )
+    ready = time.perf_counter()
+    for piece in stream:
+        if not as_json:
+            _write(piece)
+    if not as_json:
+        _write("\n")
+        return
+    reply = stream.reply
+    seconds = {"load": loaded - began, "audio": 0.0, **reply.seconds}
+    seconds["audio"] = ready - loaded - seconds["encode"] - seconds["prefill"]  # to log-mels
+    result = {
+        "text": reply.text,
+        "ids": reply.ids,
+        "prompt_ids": prompt.ids,
+        "prompt_tokens": len(prompt.ids),
+        "audio_tokens": prompt.audio_tokens,
+        "finish_reason": reply.finish_reason,
+        "model": model,
+        "device": str(assistant.device),
+        "dtype": str(assistant.dtype).removeprefix("torch."),
+        "seconds": {stage: round(value, 6) for stage, value in seconds.items()},
+    }
+    _write(json.dumps(result, ensure_ascii=False) + "\n")
+
+
+@app.command()
+def chat(
+    model: Model = "tiny",
+    system: System = None,
+    greedy: Greedy = False,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = None,
+    max_new_tokens: NewTokens = None,
+    long: Long = "split",
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Talk in the terminal: /audio FILE, /record, /system, /clear, /retry, /save, /exit.
+
+    Example:
+
+        qwen2audio chat --model Qwen/Qwen2-Audio-7B-Instruct
+    """
+    from qwen2audio_core.talk import Talk
+
+    options = {
+        "greedy": greedy or None,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "max_new_tokens": max_new_tokens,
+        "long": long,
+        "notice": _note,
+    }
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (gives input() editing and history)
+    talk = Talk(_load(model, device, dtype), options, system)
+    with _quiet_libraries():
+        talk.run()
+
+
+@app.command()
+def transcribe(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Recordings or URLs.")],
+    format: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format", "-f", help="txt (default), srt, vtt, tsv, json or all; may be repeated."
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Write here; default: print."),
+    ] = None,
+    language: Annotated[
+        str | None,
+        typer.Option(help="Its tag (en, zh, yue, fr, ...); default: the model names it."),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Instead of the published recognition prompt.")
+    ] = None,
+    model: Model = "tiny",
+    batch_size: Annotated[int, typer.Option(help="Windows of up to 30 s answered at once.")] = 8,
+    greedy: Greedy = False,
+    temperature: Temperature = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = None,
+    max_new_tokens: NewTokens = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Write down what is said, with the published recognition prompts; of any length.
+
+    Examples:
+
+        qwen2audio transcribe talk.mp3 --language en
+
+        qwen2audio transcribe *.flac -f srt -f json -o subtitles --model Qwen/Qwen2-Audio-7B
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from qwen2audio_core import transcribe as transcripts
+
+    formats = format or ["txt"]
+    assistant = _load(model, device, dtype)
+    failed = False
+    with (
+        _quiet_libraries(),
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f} of {task.total:.0f} s"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        ) as progress,
+    ):
+        task = progress.add_task("", total=1)
+
+        def show(file: str, done: float, whole: float) -> None:
+            progress.update(task, description=os.path.basename(file), completed=done, total=whole)
+
+        for outcome in transcripts.run(
+            assistant,
+            files,
+            output,
+            formats,
+            on_progress=show,
+            language=language,
+            prompt=prompt,
+            batch_size=batch_size,
+            notice=_note,
+            greedy=greedy or None,
+            temperature=temperature,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+        ):
+            if outcome.transcript is None:
+                failed = True
+                _note(f"error: {outcome.error}")
+            elif output is None:
+                for kind in transcripts.FORMATS if "all" in formats else dict.fromkeys(formats):
+                    _write(transcripts.FORMATS[kind](outcome.transcript))
+            for file in outcome.files:
+                _note(f"wrote {file}")
+    if failed:
+        raise typer.Exit(2)
+
+
+@app.command()
+def compare(
+    text: Annotated[str | None, typer.Argument(help="The question.")] = None,
+    audio: Audio = None,
+    model: Model = "tiny",
+    max_new_tokens: Annotated[int, typer.Option(help="Length of both answers.")] = 32,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Run transformers and this program side by side and show where they part.
+
+    Exit code 0: everything agrees. 1: the first module that differs is named.
+
+    Example:
+
+        qwen2audio compare "What is that sound?" --audio glass.mp3 --model CHECKPOINT_FOLDER
+    """
+    from qwen2audio_core import compare as comparison
+
+    code = comparison.run(
+        model,
+        audio or (),
+        text,
+        device=device,
+        dtype=dtype,
+        max_new_tokens=max_new_tokens,
+        as_json=as_json,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def info(
+    model: Model = "tiny",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show a checkpoint's sizes, dtypes and memory needs, without reading its weights.
+
+    Example:
+
+        qwen2audio info --model Qwen/Qwen2-Audio-7B-Instruct
+    """
+    from qwen2audio_core.info import describe
+
+    found = describe(model)
+    if as_json:
+        _write(json.dumps(found.to_json(), ensure_ascii=False) + "\n")
+    else:
+        import rich
+
+        rich.print(found)
+
+
+def _load(model: str, device: str | None, dtype: str | None) -> "Assistant":
+    import torch
+
+    from qwen2audio_core.assistant import load
+
+    if model == "tiny":
+        _note("tiny is a small random model: it shows that everything runs, its words mean nothing")
+    return load(model, device, None if dtype is None else getattr(torch, dtype))
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep decoders written in C from printing to stderr; Python's own messages still arrive."""
+    sys.stderr.flush()
+    python, real = sys.stderr, os.dup(2)
+    silent = os.open(os.devnull, os.O_WRONLY)
+    try:
+        if python.fileno() == 2:
+            sys.stderr = os.fdopen(os.dup(real), "w", buffering=1)
+    except (OSError, ValueError):
+        pass  # already redirected by whoever runs us
+    os.dup2(silent, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        sys.stderr = python
+        os.dup2(real, 2)
+        os.close(real)
+        os.close(silent)
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def expand_clips(words: list[str]) -> list[str]:
+    """Let one --audio take several files: `--audio a.wav b.wav` -> `--audio a.wav --audio b.wav`.
+
+    Words behind a clip are clips as long as they name files; the first other one is the question.
+    """
+    result: list[str] = []
+    taking = False
+    for i, word in enumerate(words):
+        if word == "--":
+            return result + words[i:]
+        if taking and result[-1] not in ("--audio", "-a") and not word.startswith("-"):
+            taking = os.path.isfile(word)
+            if taking:
+                result.append("--audio")
+        elif word.startswith("-"):
+            taking = word in ("--audio", "-a")
+        result.append(word)
+    return result
+
+
+def main() -> NoReturn:
+    """Entry point of the console command."""
+    usage_error: Any = typer.BadParameter.__base__
+    try:
+        code = app(expand_clips(sys.argv[1:]), prog_name="qwen2audio", standalone_mode=False)
+    except InputError as error:
+        code = _fail(str(error))
+    except usage_error as error:
+        where = error.ctx.command_path if error.ctx else "qwen2audio"
+        code = _fail(f"{error.format_message()} (see {where} --help)")
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except MemoryError:
+        code = _fail("out of memory: try --dtype bfloat16, a shorter clip, or a smaller model")
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        code = _fail(f"out of memory: {str(error).splitlines()[0]}")
+    if code == 130:  # Ctrl-C, which typer may have caught itself
+        _note("\ninterrupted")
+    sys.exit(code or 0)
+
+
+def _fail(line: str) -> int:
+    print("error: " + " ".join(line.split()), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()
