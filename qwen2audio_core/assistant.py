@@ -9,11 +9,12 @@ Everything here is put together from the parts below it. People who change the m
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from qwen2audio_core import chat, tiny, weights
+from qwen2audio_core import chat, hub, tiny, weights
 from qwen2audio_core.chat import Long, Prompt
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.generate import Generation
@@ -309,13 +310,18 @@ def load(
     device  None takes the GPU where there is one
     dtype   None keeps the checkpoint's own, bfloat16 for the published ones
     """
-    folder = tiny.folder() if model == "tiny" else weights.find(model)
+    folder = find(model)
     return Assistant(
         weights.load_model(folder, device=pick_device(device), dtype=dtype),
         Tokenizer.from_folder(folder),
         weights.read_settings(folder),
         model,
     )
+
+
+def find(model: str, weights: bool = True) -> Path:
+    """The folder of a checkpoint by hub id, folder or "tiny"; `weights` as in hub.find."""
+    return tiny.folder() if model == "tiny" else hub.find(model, weights=weights)
 
 
 def pick_device(device: torch.device | str | None = None) -> torch.device:

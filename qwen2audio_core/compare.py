@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen2audio_core import chat, tiny, weights
-from qwen2audio_core.assistant import user_turn
+from qwen2audio_core import chat, weights
+from qwen2audio_core.assistant import find, user_turn
 from qwen2audio_core.config import Qwen2AudioConfig
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.frontend import ClipLengths, clip_lengths
@@ -251,7 +251,7 @@ def run(
     as_json: bool = False,
 ) -> int:
     """Compare, print the report, and return the exit code: 0 where all agrees, 1 where not."""
-    folder = tiny.folder() if model == "tiny" else weights.find(model)
+    folder = find(model)
     report = compare(
         folder,
         audio,

@@ -107,7 +107,7 @@ class Qwen2AudioConfig:
                 raw = json.loads(Path(source).read_text(encoding="utf-8"))
             except OSError as error:
                 raise CheckpointError(f"{where}: cannot read it ({error.strerror})") from error
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise CheckpointError(f"{where}: not valid JSON ({error})") from error
         if not isinstance(raw, dict) or raw.get("model_type") != "qwen2_audio":
             found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__

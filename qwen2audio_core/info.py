@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from qwen2audio_core import hub, tiny, weights
+from qwen2audio_core import hub, weights
+from qwen2audio_core.assistant import find
 from qwen2audio_core.config import Qwen2AudioConfig
 from qwen2audio_core.frontend import MAX_SAMPLES, SECONDS_PER_TOKEN, clip_lengths
 from qwen2audio_core.model import Qwen2Audio
@@ -66,7 +67,7 @@ def describe(model: str) -> Info:
     model   hub id, folder or "tiny"
     errors  CheckpointError
     """
-    folder = tiny.folder() if model == "tiny" else hub.find(model, weights=False)
+    folder = find(model, weights=False)
     config = Qwen2AudioConfig.from_json(hub.inside(folder, "config.json"))
     with torch.device("meta"):
         shape = Qwen2Audio(config)

@@ -37,6 +37,26 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add to the residual stream and normalise: summed = x + residual, y = rms_norm(summed).
+
+    x, residual (..., D), weight (D,); returns y and summed, the sum rounded to x's dtype first.
+    """
+    summed = x + residual
+    return rms_norm(summed, weight, eps), summed
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Add to the residual stream and normalise: summed = x + residual, y = layer_norm(summed).
+
+    x, residual (..., D), weight, bias (D,); returns y and summed, the sum rounded to x's dtype.
+    """
+    summed = x + residual
+    return layer_norm(summed, weight, bias, eps), summed
+
+
 def gelu(x: Tensor) -> Tensor:
     """Gaussian error linear unit in its exact form, y = x * (1 + erf(x / sqrt(2))) / 2.
 
@@ -44,6 +64,11 @@ def gelu(x: Tensor) -> Tensor:
     Hendrycks and Gimpel, arXiv 1606.08415.
     """
     return F.gelu(x)
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """Add a bias and apply the exact gelu, y = gelu(x + bias); x (..., D), bias (D,)."""
+    return gelu(x + bias)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from torch import Tensor
 from qwen2audio_core.config import AudioConfig, Qwen2AudioConfig, TextConfig
 from qwen2audio_core.errors import CheckpointError
 from qwen2audio_core.hub import TOKENIZER_FILES, inside
-from qwen2audio_core.weights import preprocessor_config, without_storage, write
+from qwen2audio_core.saving import write
+from qwen2audio_core.weights import preprocessor_config, without_storage
 
 # The published added tokens in their order. Their ids follow the base vocabulary.
 SPECIAL_TOKENS = [

@@ -4,18 +4,14 @@ Reading maps the files into memory. On a CPU, in the checkpoint's own dtype, the
 the parameters: nothing is copied, a load takes no time, and memory fills as the weights are first
 used. Pages that are never written stay the file's and can be dropped by the system when memory is
 short; training writes to private copies of them, never to the file. The files may be deleted or
-replaced by a rename meanwhile (that is how `save_model` replaces them), but must not be truncated
+replaced by a rename meanwhile (that is how saving.py replaces them), but must not be truncated
 in place. For another dtype or device a piece at a time is read, converted and unmapped.
 """
 
-import json
 import math
 import os
 import re
-import shutil
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +25,7 @@ from qwen2audio_core.config import Qwen2AudioConfig
 from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.hub import (
     INDEX,
-    PATTERNS,
-    SIDE_FILES,
     WEIGHTS,
-    find,
     inside,
     read_json,
     weight_files,
@@ -40,8 +33,6 @@ from qwen2audio_core.hub import (
 )
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.sampling import Settings
-
-__all__ = ["find", "load_model", "read_settings", "save_model", "write"]
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -59,7 +50,6 @@ _SETTINGS: dict[str, Any] = {
     "repetition_penalty": (int, float),
     "pad_token_id": int,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # Releases of the reference library wrote four spellings of the trunk, and the head and the audio
 # side with and without a leading `model.`; see `published_name`.
@@ -142,7 +132,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
         wrong = sorted(name for name in listed | held if listed.get(name) != held.get(name))
         if wrong:
             raise CheckpointError(
-                f"{folder / INDEX}: disagrees with the shards about {_few(wrong)};"
+                f"{folder / INDEX}: disagrees with the shards about {few(wrong)};"
                 " fetch the checkpoint again"
             )
     return found
@@ -173,7 +163,7 @@ def _converted(entry: Stored, device: torch.device, dtype: torch.dtype) -> Tenso
     except RuntimeError as error:
         first = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{entry.file}: cannot put {entry.key} on {device} as {_plain(dtype)} ({first})"
+            f"{entry.file}: cannot put {entry.key} on {device} as {plain(dtype)} ({first})"
         ) from error
     return tensor
 
@@ -209,9 +199,9 @@ def _only(folder: Path, kinds: dict[torch.dtype, list[str]]) -> torch.dtype:
         )
     main, *rest = sorted(kinds, key=lambda kind: -len(kinds[kind]))
     if rest:
-        others = "; ".join(f"{_plain(kind)}: {_few(kinds[kind])}" for kind in rest)
+        others = "; ".join(f"{plain(kind)}: {few(kinds[kind])}" for kind in rest)
         raise CheckpointError(
-            f"{folder}: mixed dtypes, {len(kinds[main])} tensors are {_plain(main)} but {others};"
+            f"{folder}: mixed dtypes, {len(kinds[main])} tensors are {plain(main)} but {others};"
             " name a dtype to convert all of them"
         )
     return main
@@ -241,7 +231,7 @@ def _build(folder: Path, config: Qwen2AudioConfig, stored: dict[str, Stored]) ->
         "misshaped": bent,
     }
     if any(faults.values()):
-        parts = "; ".join(f"{what} {_few(names)}" for what, names in faults.items() if names)
+        parts = "; ".join(f"{what} {few(names)}" for what, names in faults.items() if names)
         raise CheckpointError(f"{folder}: the weights do not fit config.json: {parts}")
     return model
 
@@ -269,7 +259,8 @@ class _SkipInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
+    """The first three, and how many more."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
@@ -278,7 +269,8 @@ def _size(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a scalar"
 
 
-def _plain(dtype: torch.dtype) -> str:
+def plain(dtype: torch.dtype) -> str:
+    """A dtype without its module: float32."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -347,170 +339,3 @@ def check_preprocessor(folder: Path, config: Qwen2AudioConfig) -> None:
             raise CheckpointError(
                 f"{folder / name}: {key} is {raw[key]!r}, only {expected!r} is supported"
             )
-
-
-def save_model(
-    model: Qwen2Audio,
-    folder: str | Path,
-    *,
-    companions: str | Path | None = None,
-    max_shard_bytes: int = 4_000_000_000,
-    overwrite: bool = False,
-) -> None:
-    """Write a model as a checkpoint with the published names, which transformers reads too.
-
-    companions  a checkpoint's folder to copy the tokenizer and the small settings from
-    errors      CheckpointError, and then nothing is left at `folder` but what was there before
-    """
-    state = model.state_dict()
-    kinds = {_plain(tensor.dtype) for tensor in state.values()}
-    if len(kinds) != 1:
-        raise CheckpointError(
-            f"{folder}: the model's tensors are of mixed dtypes ({', '.join(sorted(kinds))});"
-            " convert it first, for example model.to(torch.bfloat16)"
-        )
-    files: dict[str, bytes] = {}
-    if companions is not None:
-        source = Path(companions)
-        for name in SIDE_FILES:
-            if os.path.lexists(source / name):
-                files[name] = inside(source, name).read_bytes()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    dtype = next(iter(state.values())).dtype
-    write(folder, model.config, shapes, state.__getitem__, dtype, files, max_shard_bytes, overwrite)
-
-
-def write(
-    folder: str | Path,
-    config: Qwen2AudioConfig,
-    shapes: Mapping[str, tuple[int, ...]],
-    tensor_of: Callable[[str], Tensor],
-    dtype: torch.dtype,
-    files: Mapping[str, bytes],
-    max_shard_bytes: int = 4_000_000_000,
-    overwrite: bool = False,
-) -> None:
-    """Write a checkpoint tensor by tensor, all of it or nothing.
-
-    It is written beside its destination and renamed when complete. No more than one tensor is held.
-
-    shapes     published name -> shape, in the order of the shards
-    tensor_of  asked once for each name, in that order; returns that tensor in `dtype`
-    files      further files, name -> content
-    overwrite  replace an earlier checkpoint at `folder`; anything else is never replaced
-    """
-    folder = Path(folder).expanduser().absolute()
-    _check_target(folder, overwrite)
-    shards = _split(shapes, dtype.itemsize, max_shard_bytes)
-    total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder.parent).free
-        if free < total:
-            raise CheckpointError(
-                f"{folder}: the disk has {free / 1e9:.1f} GB free, {total / 1e9:.1f} GB are needed"
-            )
-        part.mkdir()
-        for name, content in files.items():
-            (part / name).write_bytes(content)
-        _write_json(part / "config.json", config.to_json() | {"torch_dtype": _plain(dtype)})
-        for file, names in shards.items():
-            _write_shard(part / file, {name: shapes[name] for name in names}, tensor_of, dtype)
-        if WEIGHTS not in shards:
-            files_of = {name: file for file, names in shards.items() for name in names}
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": dict(sorted(files_of.items())),
-            }
-            _write_json(part / INDEX, index)
-        if folder.exists():
-            folder.rename(old)
-        part.rename(folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: cannot write it ({error.strerror or error}); nothing was left there,"
-            " free space or choose another folder"
-        ) from error
-    finally:  # also after Ctrl-C
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for rest in (part, old):
-            shutil.rmtree(rest, ignore_errors=True)
-
-
-def _check_target(folder: Path, overwrite: bool) -> None:
-    if not folder.is_dir():
-        if os.path.lexists(folder):
-            raise CheckpointError(f"{folder}: a file is in the way; choose another folder")
-        return
-    entries = sorted(entry.name for entry in folder.iterdir())
-    if not entries:
-        return
-    foreign = [name for name in entries if not any(fnmatch(name, known) for known in PATTERNS)]
-    if foreign or "config.json" not in entries:
-        raise CheckpointError(
-            f"{folder}: holds other files ({_few(foreign or entries)}); choose a new folder"
-        )
-    if not overwrite:
-        raise CheckpointError(
-            f"{folder}: holds a checkpoint already; ask for overwrite or choose another"
-        )
-
-
-def _split(
-    shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_shard_bytes: int
-) -> dict[str, list[str]]:
-    """File name -> tensor names; a new shard begins where the next tensor would overfill one."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, shape in shapes.items():
-        size = math.prod(shape) * itemsize
-        if groups[-1] and filled + size > max_shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    if len(groups) == 1:
-        return {WEIGHTS: groups[0]}
-    return {
-        f"model-{i:05}-of-{len(groups):05}.safetensors": g for i, g in enumerate(groups, start=1)
-    }
-
-
-def _write_shard(
-    path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    tensor_of: Callable[[str], Tensor],
-    dtype: torch.dtype,
-) -> None:
-    """One safetensors file: 8 bytes for the header's length, the header in JSON, then the data.
-
-    safetensors' own writer wants every tensor of the file in memory and refuses views of one
-    buffer, which is what packed weights are.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in shapes.items():
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": _DTYPE_NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)  # mapped tensors then start on a cache line
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
-            tensor = tensor_of(name).detach()
-            assert tensor.shape == shape and tensor.dtype == dtype, name
-            file.write(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())  # a full disk may show itself only now
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ LAYERS = {
     **dict.fromkeys(("hub", "audio", "audio_files", "frontend"), 1),
     **dict.fromkeys(("cache", "encoder", "projector", "decoder"), 1),
     "model": 2,
-    **dict.fromkeys(("weights", "tokenizer", "chat", "sampling", "backends"), 3),
+    **dict.fromkeys(("weights", "saving", "tokenizer", "chat", "sampling", "backends"), 3),
     **dict.fromkeys(("generate", "engine", "probe", "tiny", "assistant"), 4),
     **dict.fromkeys(("talk", "transcribe", "compare", "info", "__init__"), 5),
     **dict.fromkeys(("training", "evaluation", "web"), 5),
@@ -37,6 +37,7 @@ SIDEWAYS = {
     ("decoder", "cache"),
     ("chat", "tokenizer"),
     ("weights", "sampling"),
+    ("saving", "weights"),
     ("assistant", "generate"),
     ("assistant", "tiny"),
 }

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen2audio_core import hub, tiny, weights
+from qwen2audio_core import hub, saving, tiny, weights
 from qwen2audio_core.config import AudioConfig, Qwen2AudioConfig, TextConfig
 from qwen2audio_core.errors import CheckpointError
 from qwen2audio_core.sampling import Settings
@@ -196,7 +196,7 @@ def test_names_and_bytes_equal_the_published_index(shared):
     state = weights.without_storage(config).state_dict()
     assert state.keys() == index["weight_map"].keys() and len(state) == 876
     assert sum(t.numel() * 2 for t in state.values()) == index["metadata"]["total_size"]
-    groups = weights._split({n: tuple(t.shape) for n, t in state.items()}, 2, 4_000_000_000)
+    groups = saving._split({n: tuple(t.shape) for n, t in state.items()}, 2, 4_000_000_000)
     assert set(groups) == set(index["weight_map"].values())  # five shards of the published names
     assert groups["model-00005-of-00005.safetensors"] == ["language_model.lm_head.weight"]
 
@@ -566,7 +566,7 @@ def test_log_mel_settings_where_later_releases_put_them(small):
 
 def test_saved_and_loaded_again(made, tmp_path):
     model = weights.load_model(made)
-    weights.save_model(model, tmp_path / "deep" / "new", companions=made, max_shard_bytes=100_000)
+    saving.save_model(model, tmp_path / "deep" / "new", companions=made, max_shard_bytes=100_000)
     new = tmp_path / "deep" / "new"
     again = weights.load_model(new)
     assert again.config == model.config
@@ -589,31 +589,31 @@ def test_parameters_that_are_views_of_one_buffer_are_saved(made, tmp_path):
     attention = model.language_model.model.layers[0].self_attn
     packed = torch.cat([attention.k_proj.weight.data, attention.v_proj.weight.data])
     attention.k_proj.weight.data, attention.v_proj.weight.data = packed.chunk(2)
-    weights.save_model(model, tmp_path / "new")
+    saving.save_model(model, tmp_path / "new")
     assert torch.equal(weights.load_model(tmp_path / "new")(IDS), weights.load_model(made)(IDS))
 
 
 def test_what_is_there_is_not_overwritten_unasked(made, small, tmp_path):
     model = weights.load_model(made)
     (tmp_path / "empty").mkdir()
-    weights.save_model(model, tmp_path / "empty")
+    saving.save_model(model, tmp_path / "empty")
     with pytest.raises(CheckpointError, match="overwrite"):
-        weights.save_model(model, small)
-    weights.save_model(model.bfloat16(), small, overwrite=True)
+        saving.save_model(model, small)
+    saving.save_model(model.bfloat16(), small, overwrite=True)
     assert {t.dtype for t in weights.load_model(small).state_dict().values()} == {torch.bfloat16}
     (small / "notes.md").write_text("mine")
     with pytest.raises(CheckpointError, match=r"notes\.md"):
-        weights.save_model(model, small, overwrite=True)
+        saving.save_model(model, small, overwrite=True)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="in the way"):
-        weights.save_model(model, tmp_path / "file", overwrite=True)
+        saving.save_model(model, tmp_path / "file", overwrite=True)
     assert (small / "notes.md").read_text() == (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_checkpoint_may_replace_the_one_its_model_is_mapped_from(small):
     model = weights.load_model(small)
     expected = model(IDS)
-    weights.save_model(model, small, companions=small, overwrite=True)
+    saving.save_model(model, small, companions=small, overwrite=True)
     assert torch.equal(weights.load_model(small)(IDS), expected)
     assert torch.equal(model(IDS), expected)
     assert (small / "vocab.json").exists()
@@ -623,7 +623,7 @@ def test_a_model_of_mixed_dtypes_is_not_saved(made, tmp_path):
     model = weights.load_model(made)
     model.audio_tower.bfloat16()
     with pytest.raises(CheckpointError, match="mixed dtypes"):
-        weights.save_model(model, tmp_path / "new")
+        saving.save_model(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -636,7 +636,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 for folder in sys.argv[2:]:
     try:
-        weights.save_model(model, folder, overwrite=True)
+        saving.save_model(model, folder, overwrite=True)
     except CheckpointError as error:
         print(error)
 """
@@ -663,7 +663,7 @@ def test_too_little_space_is_said_before_writing(made, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(CheckpointError, match="are needed"):
-        weights.save_model(weights.load_model(made), tmp_path / "new")
+        saving.save_model(weights.load_model(made), tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -674,7 +674,7 @@ def test_too_little_space_is_said_before_writing(made, tmp_path, monkeypatch):
 def test_an_interrupted_save_leaves_what_was_there(made, small, tmp_path, monkeypatch, stop, at):
     model = weights.load_model(made)
     expected = model(IDS)
-    rename, write = Path.rename, weights._write_shard
+    rename, write = Path.rename, saving._write_shard
 
     def no_rename(path, target):
         if path.name.endswith(".part"):
@@ -688,11 +688,11 @@ def test_an_interrupted_save_leaves_what_was_there(made, small, tmp_path, monkey
     if at == "the rename":
         monkeypatch.setattr(Path, "rename", no_rename)
     else:
-        monkeypatch.setattr(weights, "_write_shard", half)
+        monkeypatch.setattr(saving, "_write_shard", half)
     with pytest.raises((KeyboardInterrupt, CheckpointError)):
-        weights.save_model(model, small, overwrite=True)
+        saving.save_model(model, small, overwrite=True)
     with pytest.raises((KeyboardInterrupt, CheckpointError)):
-        weights.save_model(model, tmp_path / "new")
+        saving.save_model(model, tmp_path / "new")
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
     assert torch.equal(weights.load_model(small)(IDS), expected)
@@ -830,7 +830,7 @@ def test_what_we_save_is_read_by_the_reference(tmp_path):
     tiny.write_random(
         folder, oracle.tiny_config(), seed=5, dtype=torch.float32, std=0.2, max_shard_bytes=200_000
     )
-    weights.save_model(
+    saving.save_model(
         weights.load_model(folder), tmp_path / "again", companions=folder, max_shard_bytes=300_000
     )
     for path in (folder, tmp_path / "again"):
