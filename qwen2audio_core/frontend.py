@@ -82,6 +82,13 @@ def mel_filters(num_mel_bins: int = 128) -> Tensor:
     return (triangles * 2 / (upper - lower)).float()
 
 
+@cache
+def constants(num_mel_bins: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The Hann window (400,) and the mel filters (M, 201), made in float32 as published."""
+    window = torch.hann_window(N_FFT, device=device, dtype=torch.float32)
+    return window.to(dtype), mel_filters(num_mel_bins).to(device, dtype)
+
+
 def log_mel(waveform: Tensor, num_mel_bins: int = 128) -> Tensor:
     """Log-mel spectrogram of one clip, on the waveform's device.
 
@@ -106,20 +113,17 @@ def log_mel(waveform: Tensor, num_mel_bins: int = 128) -> Tensor:
     # The maximum needs frame L + 1 as well: its window still reaches the clip's last 40 samples.
     frames = max(lengths.input_frames, lengths.mel_frames + 2)
     half = N_FFT // 2
-    if frames >= MAX_FRAMES:
+    if frames >= MAX_FRAMES:  # only here does a window reach the end of the 30 s, reflected again
         frames = MAX_FRAMES
         padded = F.pad(waveform, (0, MAX_SAMPLES - waveform.shape[0]))
         padded = F.pad(padded[None], (half, half), mode="reflect")[0]
-    else:  # no window reaches the end of the 30 s, where the published frontend reflects again
-        end = (frames - 1) * HOP_LENGTH + half
-        padded = F.pad(waveform, (0, end - waveform.shape[0]))
-        padded = F.pad(padded[None], (half, 0), mode="reflect")[0]
-    window = torch.hann_window(N_FFT, device=waveform.device, dtype=torch.float32).to(
-        waveform.dtype
-    )
-    stft = torch.stft(padded, N_FFT, HOP_LENGTH, window=window, center=False, return_complex=True)
-    power = torch.view_as_real(stft[:, :frames]).square().sum(-1)  # (201, frames)
-    mel = mel_filters(num_mel_bins).to(power) @ power
-    log = mel.clamp(min=1e-10).log10()
+    else:
+        silence = max(0, (frames - 1) * HOP_LENGTH + half - waveform.shape[0])
+        beginning = F.pad(waveform[: half + 1], (0, max(0, half + 1 - waveform.shape[0])))
+        padded = torch.cat((beginning[1:].flip(0), waveform, waveform.new_zeros(silence)))
+    window, filters = constants(num_mel_bins, waveform.device, waveform.dtype)
+    stft = torch.fft.rfft(padded.unfold(0, N_FFT, HOP_LENGTH)[:frames] * window)  # (frames, 201)
+    power = stft.real.square() + stft.imag.square()
+    log = (filters @ power.T).clamp(min=1e-10).log10()
     log = torch.maximum(log, log.max() - 8.0)
     return (log[:, : lengths.input_frames] + 4.0) / 4.0

@@ -4,6 +4,8 @@ Each function here fills an op slot of the modules (an attribute whose name ends
 version has the same name and signature in qwen2audio_kernels and is put in with `backends.use`.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -183,6 +185,51 @@ def sdpa(
         assert visible is not None
         y = y.masked_fill(~visible.any(-1, keepdim=True), 0.0)
     return y.transpose(1, 2)
+
+
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool = False
+) -> Tensor:
+    """Self-attention within each of several sequences laid end to end, without padding.
+
+    Sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1] - 1; its rows see one another and no
+    other row, and where `causal` none behind themselves.
+
+    q           (N, H, C)
+    k, v        (N, G, C)   G divides H; query head h reads key head h // (H / G)
+    cu_seqlens  (B + 1,)    integers that rise from 0 to N; a sequence may be empty
+    max_seqlen  at least the longest length; kernels size their grid by it, this version does not
+    returns     (N, H, C)   q's dtype
+    """
+    pieces = [
+        attention(q[None, a:b], k[None, a:b], v[None, a:b], causal)[0]
+        for a, b in pairwise(cu_seqlens.tolist())
+    ]
+    return torch.cat(pieces)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    key_start: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """Attention of one query a row over the keys key_start[b] <= j < lengths[b] of a cache.
+
+    q                 (B, H, C)
+    k_cache, v_cache  (B, S, G, C)  q's dtype, or int8 codes of code * scale
+    lengths           (B,)          filled positions of a row, the query's own among them
+    key_start         (B,) or None for 0
+    k_scale, v_scale  (B, S, G)     float32 with an int8 cache, else None
+    returns           (B, H, C)     q's dtype; zeros where a row sees no key
+    """
+    if k_scale is not None and v_scale is not None:
+        k_cache = (k_cache * k_scale[..., None]).to(q.dtype)
+        v_cache = (v_cache * v_scale[..., None]).to(q.dtype)
+    return attention(q[:, None], k_cache, v_cache, False, key_start, lengths)[:, 0]
 
 
 def visible_keys(

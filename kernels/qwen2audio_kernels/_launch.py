@@ -1,0 +1,176 @@
+"""What the kernels share around a launch: checks, row views, block sizes. No mathematics."""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Triton decides when a kernel is defined whether it will be compiled or interpreted.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+# --- checks: one clear ValueError each ----------------------------------------------------------
+
+
+def check(condition: bool, op: str, problem: str) -> None:
+    """Raise ValueError(f"{op}: {problem}") unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{op}: {problem}")
+
+
+def check_floats(op: str, **tensors: Tensor) -> None:
+    """All of one dtype that the kernels take, on one device where they can run."""
+    first, x = next(iter(tensors.items()))
+    check(
+        x.dtype in DTYPES,
+        op,
+        f"{first} is {_short(x.dtype)}; the kernel takes float32, float16 or bfloat16, "
+        "other types need the plain op",
+    )
+    for name, tensor in tensors.items():
+        check(
+            tensor.dtype == x.dtype,
+            op,
+            f"{name} is {_short(tensor.dtype)} but {first} is {_short(x.dtype)}; "
+            "convert them to one dtype",
+        )
+    check_device(op, **tensors)
+
+
+def check_integers(op: str, **tensors: Tensor) -> None:
+    """All int32 or int64. Their device is checked by `check_device`."""
+    for name, tensor in tensors.items():
+        check(
+            tensor.dtype in (torch.int32, torch.int64),
+            op,
+            f"{name} is {_short(tensor.dtype)}, expected int32 or int64",
+        )
+
+
+def check_device(op: str, **tensors: Tensor) -> None:
+    """All on one device, and that a GPU, or any device under Triton's interpreter."""
+    first, x = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        check(
+            tensor.device == x.device,
+            op,
+            f"{name} is on {tensor.device} but {first} is on {x.device}; move them to one device",
+        )
+    check(
+        x.is_cuda or INTERPRETED,
+        op,
+        f"{first} is on {x.device}; the kernel needs a GPU, the plain op runs anywhere",
+    )
+
+
+def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    """Exactly this shape; `meaning` says where it comes from, e.g. "the last axis of x"."""
+    check(
+        tuple(tensor.shape) == tuple(shape),
+        op,
+        f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} ({meaning})",
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- views --------------------------------------------------------------------------------------
+
+
+def rows(x: Tensor) -> Tensor:
+    """(..., D) as (R, D) with unit stride along D, so that a kernel needs one stride, stride(0).
+
+    A view where the leading axes fold into one (a contiguous tensor, a slice of its last axis such
+    as one half of a fused gate and up); otherwise a copy.
+    """
+    x = x if x.dim() else x.view(1)
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    return x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+
+
+# --- block sizes --------------------------------------------------------------------------------
+
+# One program holds a whole row in registers; the backward pass of the norms spills above this.
+MAX_ROW = 8192
+
+
+def row_block(op: str, width: int) -> tuple[int, int]:
+    """(BLOCK, num_warps) for a kernel that holds one row of `width` elements in one program."""
+    check(
+        width <= MAX_ROW,
+        op,
+        f"rows of {width} elements; the kernel holds up to {MAX_ROW}, more need the plain op",
+    )
+    block = max(triton.next_power_of_2(width), 16)
+    return block, max(block // 512, 1)  # 16 elements a thread; at most 16 warps
+
+
+@cache
+def _table() -> dict[str, dict[str, dict[str, int]]]:
+    return json.loads((Path(__file__).parent / "tuned.json").read_text())
+
+
+@cache
+def settings(kernel: str, arch: str) -> Mapping[str, int]:
+    """Block sizes and launch options of a kernel on an architecture, from the table tuned.json:
+
+        {kernel: {"default": {BLOCK_M: 128, ..., "num_warps": 4}, "sm_86": {overrides}, ...}}
+
+    kernel  a key of the table, e.g. "attention_fwd_64"
+    arch    what `arch` returns for a tensor, or a target of ahead-of-time compilation
+    returns the default with the architecture's overrides; KeyError for an unknown kernel
+    """
+    entry = _table()[kernel]
+    return MappingProxyType({**entry["default"], **entry.get(arch, {})})
+
+
+def arch(device: torch.device) -> str:
+    """The GPU's architecture: sm_90, gfx942, ...; interpreter under Triton's interpreter."""
+    return "interpreter" if INTERPRETED else _arch(device.index or 0)
+
+
+@cache
+def _arch(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units) of the GPU; a handful under the interpreter."""
+    if INTERPRETED:
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# --- launch -------------------------------------------------------------------------------------
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """kernel[grid](*arguments, **options) on the GPU of the first argument, a tensor.
+
+    Launches nothing where the grid is empty (no rows). Fused multiply-add is asked for by name
+    because its default changes with Triton 3.10. Call it as `_launch.launch`: ahead-of-time
+    compilation puts a recorder in its place.
+    """
+    if 0 in grid:
+        return
+    device = arguments[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, enable_fp_fusion=True, **options)
+    else:
+        kernel[grid](*arguments, enable_fp_fusion=True, **options)
