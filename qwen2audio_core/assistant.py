@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from qwen2audio_core import chat, hub, tiny, weights
+from qwen2audio_core import backends, chat, hub, tiny, weights
 from qwen2audio_core.chat import Long, Prompt
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.generate import Generation
+from qwen2audio_core.linear import Linear, why_not_packed
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.sampling import Settings
 from qwen2audio_core.tokenizer import TextStream, Tokenizer
@@ -311,12 +312,29 @@ def load(
     dtype   None keeps the checkpoint's own, bfloat16 for the published ones
     """
     folder = find(model)
+    loaded = weights.load_model(folder, device=pick_device(device), dtype=dtype)
+    if fits_packed(loaded):
+        backends.use(loaded, linear="packed")
     return Assistant(
-        weights.load_model(folder, device=pick_device(device), dtype=dtype),
+        loaded,
         Tokenizer.from_folder(folder),
         weights.read_settings(folder),
         model,
     )
+
+
+def fits_packed(model: Qwen2Audio) -> bool:
+    """Whether packing the linear layers pays here and there is memory for the packed copy."""
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    if why_not_packed(layers[0].weight):
+        return False
+    needed = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line)
+    except (OSError, StopIteration):
+        return False
+    return free > 1.2 * needed
 
 
 def find(model: str, weights: bool = True) -> Path:

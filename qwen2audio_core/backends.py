@@ -10,18 +10,22 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
 
 from qwen2audio_core import ops
 from qwen2audio_core.errors import InputError
+from qwen2audio_core.linear import Linear, PackedLinear, why_not_packed
 
 Op = Callable[..., Any]
 
-# What a slot is called in the model, and the plain functions that can fill it.
-PLAIN: dict[str, dict[str, Op]] = {
+# What a slot is called in the model, and what fills it besides a kernel. A class is made anew for
+# every layer, because it keeps something of it.
+PLAIN: dict[str, dict[str, Op | type]] = {
     "attention": {"torch": ops.sdpa, "eager": ops.attention},
     "gelu": {"torch": ops.gelu},
     "layer_norm": {"torch": ops.layer_norm},
+    "linear": {"torch": F.linear, "packed": PackedLinear},
     "rms_norm": {"torch": ops.rms_norm},
     "rope": {"torch": ops.rope},
     "swiglu": {"torch": ops.swiglu},
@@ -31,7 +35,7 @@ PLAIN: dict[str, dict[str, Op]] = {
 class Backend:
     """Slots that were filled, and what they held before. Use it with `with`, or call `restore`.
 
-    chosen   op -> "triton", "torch", "eager" or "custom"
+    chosen   op -> "triton", "torch", "eager", "packed" or "custom"
     reason   why "auto" chose as it did
     """
 
@@ -72,7 +76,8 @@ def use(
         with backends.use(model, "triton", layers="audio_tower.layers.0-3"): ...
 
     every    "torch", "triton" or "auto", for the ops not named in `choice`; "auto" is Triton where
-             it can run, else torch, and the result's `reason` says why
+             it can run, else torch with packed weights where those pay, and the result's `reason`
+             says why. Linear layers stay with the library's products unless named
     layers   dotted path of modules; * matches within a name, 0-3 a range of numbers. What lies
              below a matching module counts too
     choice   op=backend or op=function; a function takes the arguments of the op in ops.py
@@ -82,14 +87,18 @@ def use(
     chosen: dict[str, str] = {}
     functions: dict[str, Op] = {}
     reason = ""
-    if every == "auto":
+    automatic = every == "auto"
+    if automatic:
         usable, reason = _triton()
         every = "triton" if usable else "torch"
+    defaults = dict.fromkeys(PLAIN, every)
+    if automatic or every == "triton":
+        defaults["linear"] = "packed" if automatic and not _why_not_packed(model) else "torch"
     for op in PLAIN:
-        wanted = choice.pop(op, every)
+        wanted = choice.pop(op, defaults[op])
         if wanted is not None:
             chosen[op] = wanted if isinstance(wanted, str) else "custom"
-            functions[op] = _function(op, wanted)
+            functions[op] = _function(op, wanted, model)
     if choice:
         raise InputError(f"unknown op {next(iter(choice))!r}, a model has {', '.join(PLAIN)}")
     backend = Backend(chosen, reason)
@@ -99,7 +108,8 @@ def use(
             for op, function in functions.items():
                 if f"{op}_op" in vars(module):
                     backend._before.append((module, f"{op}_op", vars(module)[f"{op}_op"]))
-                    setattr(module, f"{op}_op", function)
+                    filling = function() if isinstance(function, type) else function
+                    setattr(module, f"{op}_op", filling)
     if functions and not backend._before:
         raise InputError(
             f"layers={layers!r} matches no module with a slot for {', '.join(functions)}"
@@ -107,9 +117,16 @@ def use(
     return backend
 
 
-def _function(op: str, wanted: str | Op) -> Op:
+def _why_not_packed(model: nn.Module) -> str:
+    layer = next((module for module in model.modules() if isinstance(module, Linear)), None)
+    return "there is no linear layer" if layer is None else why_not_packed(layer.weight)
+
+
+def _function(op: str, wanted: str | Op, model: nn.Module) -> Op:
     if not isinstance(wanted, str):
         return wanted
+    if wanted == "packed" and op == "linear" and (reason := _why_not_packed(model)):
+        raise InputError(f"packed weights cannot be used: {reason}")
     if wanted in PLAIN[op]:
         return PLAIN[op][wanted]
     if wanted != "triton":

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from qwen2audio_core import ops
 from qwen2audio_core.cache import KVCache
 from qwen2audio_core.config import TextConfig
+from qwen2audio_core.linear import Linear
 
 
 class RMSNorm(nn.Module):
@@ -27,10 +28,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, kv_width)
+        self.v_proj = Linear(config.hidden_size, kv_width)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
         self.rope_op = ops.rope
         self.attention_op = ops.sdpa
 
@@ -51,9 +52,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.swiglu_op = ops.swiglu
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,4 +117,4 @@ class CausalLM(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from qwen2audio_core import ops
 from qwen2audio_core.config import AudioConfig
+from qwen2audio_core.linear import Linear
 
 
 class LayerNorm(nn.LayerNorm):
@@ -26,10 +27,10 @@ class EncoderAttention(nn.Module):
         super().__init__()
         width = config.d_model
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width, bias=False)
+        self.v_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
         self.attention_op = ops.sdpa
 
     def forward(self, x: Tensor, key_end: Tensor | None) -> Tensor:
@@ -48,8 +49,8 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = EncoderAttention(config)
         self.self_attn_layer_norm = LayerNorm(config.d_model)
-        self.fc1 = nn.Linear(config.d_model, config.encoder_ffn_dim)
-        self.fc2 = nn.Linear(config.encoder_ffn_dim, config.d_model)
+        self.fc1 = Linear(config.d_model, config.encoder_ffn_dim)
+        self.fc2 = Linear(config.encoder_ffn_dim, config.d_model)
         self.final_layer_norm = LayerNorm(config.d_model)
         self.gelu_op = ops.gelu
 

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from qwen2audio_core.config import Qwen2AudioConfig
+from qwen2audio_core.linear import Linear
 
 
 class MultiModalProjector(nn.Module):
@@ -10,7 +11,7 @@ class MultiModalProjector(nn.Module):
 
     def __init__(self, config: Qwen2AudioConfig):
         super().__init__()
-        self.linear = nn.Linear(config.audio.d_model, config.text.hidden_size)
+        self.linear = Linear(config.audio.d_model, config.text.hidden_size)
 
     def forward(self, audio_states: Tensor) -> Tensor:
         return self.linear(audio_states)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +40,7 @@ SPECIAL_TOKENS = [
     )
 ]
 BYTES = 256  # the tiny tokenizer's base vocabulary: every byte a token, nothing merged
+LETTERS = (*range(64, 90), 220)  # of them, a to z and the space
 
 TINY = Qwen2AudioConfig(
     AudioConfig(d_model=64, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=128),
@@ -63,6 +64,7 @@ def write_random(
     dtype: torch.dtype = torch.bfloat16,
     std: float = 0.02,
     tokenizer: str | Path | None = None,
+    legible: bool = False,
     max_shard_bytes: int = 4_000_000_000,
     overwrite: bool = False,
 ) -> None:
@@ -72,6 +74,8 @@ def write_random(
     seed       each tensor's values depend on it and on the tensor's name alone
     std        of every weight and bias; the norms' weights are spread so around 1
     tokenizer  folder to copy the tokenizer's files from; None for the byte-level tokenizer
+    legible    with the byte-level tokenizer: silence the output head but for letters, so that the
+               random words can at least be read
     errors     CheckpointError where the tokenizer is not usable or the folder cannot be written
     """
     files = byte_tokenizer() if tokenizer is None else _copy_tokenizer(Path(tokenizer))
@@ -104,7 +108,7 @@ def write_random(
         folder,
         config,
         shapes,
-        random_tensors(shapes, seed, dtype, std),
+        random_tensors(shapes, seed, dtype, std, LETTERS if legible else None),
         dtype,
         files,
         max_shard_bytes,
@@ -113,15 +117,27 @@ def write_random(
 
 
 def random_tensors(
-    shapes: dict[str, tuple[int, ...]], seed: int, dtype: torch.dtype, std: float
+    shapes: dict[str, tuple[int, ...]],
+    seed: int,
+    dtype: torch.dtype,
+    std: float,
+    words: Sequence[int] | None = None,
 ) -> Callable[[str], Tensor]:
-    """name -> tensor, normal around 0 (norms' weights: around 1), repeatable tensor by tensor."""
+    """name -> tensor, normal around 0 (norms' weights: around 1), repeatable tensor by tensor.
+
+    words  ids whose rows of the output head are kept, the others are zero; None for all
+    """
 
     def make(name: str) -> Tensor:
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
         mean = 1.0 if name.endswith("norm.weight") else 0.0
-        return torch.empty(shapes[name], dtype=dtype).normal_(mean, std, generator=generator)
+        tensor = torch.empty(shapes[name], dtype=dtype).normal_(mean, std, generator=generator)
+        if words is None or not name.endswith("lm_head.weight"):
+            return tensor
+        kept = torch.zeros(len(tensor), dtype=torch.bool)
+        kept[list(words)] = True
+        return tensor.masked_fill_(~kept[:, None], 0.0)
 
     return make
 
@@ -165,7 +181,7 @@ def byte_tokenizer() -> dict[str, bytes]:
 
 def folder() -> Path:
     """The tiny checkpoint, made in the user's cache the first time it is asked for."""
-    recipe = json.dumps([1, TINY.to_json()], sort_keys=True).encode()  # 1: raise it to make anew
+    recipe = json.dumps([2, TINY.to_json()], sort_keys=True).encode()  # 2: raise it to make anew
     name = f"tiny-{hashlib.sha256(recipe).hexdigest()[:12]}"
     caches = (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen2audio",
@@ -178,7 +194,7 @@ def folder() -> Path:
             if not made.is_dir():
                 # float32 is the fastest dtype of a small model on most CPUs; at this width a
                 # spread of 1/8 gives logits that differ enough to be worth drawing from.
-                write_random(made, seed=0, dtype=torch.float32, std=0.125)
+                write_random(made, seed=0, dtype=torch.float32, std=0.125, legible=True)
             return made
         except CheckpointError:
             if made.is_dir():  # another process was quicker

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from qwen2audio_core import chat, tiny, weights
-from qwen2audio_core.assistant import user_turn
+from qwen2audio_core.assistant import load, user_turn
 from qwen2audio_core.compare import TOLERANCE, measure
 from qwen2audio_core.config import AudioConfig, Qwen2AudioConfig, TextConfig
 from qwen2audio_core.errors import InputError
@@ -101,7 +101,7 @@ class Bench:
 
     @cached_property
     def ours(self) -> Any:
-        return weights.load_model(self.folder, device=self.device)
+        return load(str(self.folder), device=self.device).model  # as a user gets it
 
     @cached_property
     def theirs(self) -> Any:

@@ -21,7 +21,7 @@ CORE, KERNELS = "qwen2audio_core", "qwen2audio_kernels"
 LAYERS = {
     **dict.fromkeys(("config", "errors", "ops"), 0),
     **dict.fromkeys(("hub", "audio", "audio_files", "frontend"), 1),
-    **dict.fromkeys(("cache", "encoder", "projector", "decoder"), 1),
+    **dict.fromkeys(("cache", "linear", "encoder", "projector", "decoder"), 1),
     "model": 2,
     **dict.fromkeys(("weights", "saving", "tokenizer", "chat", "sampling", "backends"), 3),
     **dict.fromkeys(("generate", "engine", "probe", "tiny", "assistant"), 4),
@@ -35,6 +35,9 @@ SIDEWAYS = {
     ("audio", "audio_files"),
     ("audio", "frontend"),
     ("decoder", "cache"),
+    ("decoder", "linear"),
+    ("encoder", "linear"),
+    ("projector", "linear"),
     ("chat", "tokenizer"),
     ("weights", "sampling"),
     ("saving", "weights"),

@@ -88,9 +88,7 @@ def test_every_slot_gets_a_kernel(model: Qwen2Audio) -> None:
 
 
 def test_forward_and_every_gradient(model: Qwen2Audio, batch: dict[str, Tensor]) -> None:
-    parameters = {
-        f"model.{name}": value.detach() for name, value in model.named_parameters()
-    }
+    parameters = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
     trained = tuple(f"model.{name}" for name, p in model.named_parameters() if p.requires_grad)
 
     def step(every: str, cross_entropy: Callable[..., Tensor]) -> Callable[..., object]:

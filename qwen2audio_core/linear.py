@@ -1,0 +1,62 @@
+"""The linear layer, and a faster way to run it on a CPU.
+
+oneDNN multiplies bfloat16 weights in blocks. PyTorch's F.linear puts a weight in that order anew at
+every call, which for a few rows takes longer than the product itself. `PackedLinear` keeps the
+weight in that order: the same result to the bit, in about two thirds of the time.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """nn.Linear with a slot for its arithmetic."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True):
+        super().__init__(inputs, outputs, bias)
+        self.linear_op = F.linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_op(x, self.weight, self.bias)
+
+
+class PackedLinear:
+    """Fills the slot of one layer; packs its weight at the first call.
+
+    The packed copy takes as much memory as the weight. A weight mapped from a file is not read
+    again, and the system may drop its pages. A weight that changes is packed anew, and where a
+    gradient is wanted F.linear runs.
+    """
+
+    def __init__(self) -> None:
+        self._version: tuple[int, int] | None = None
+        self._packed: Tensor | None = None
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y = x weight^T + bias; x (..., K), weight (N, K), bias (N,), returns (..., N)."""
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return F.linear(x, weight, bias)
+        version = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        if self._packed is None or version != self._version:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+            self._version = version
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+        return y
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
+        return PackedLinear()  # a packed tensor cannot be copied; the twin packs for itself
+
+
+def why_not_packed(weight: Tensor) -> str:
+    """Why layers with such a weight cannot or should not be packed; "" if they should."""
+    if weight.device.type != "cpu":
+        return f"the weights are on {weight.device}"
+    if weight.dtype != torch.bfloat16:
+        return f"packing gains nothing in {str(weight.dtype).removeprefix('torch.')}"
+    known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not known or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "oneDNN does not multiply bfloat16 here"
+    return ""

@@ -1,0 +1,574 @@
+"""Conversations side by side, each in a slot of its own length: prefill, and the decode step.
+
+A slot is a row of every tensor here. Of the conversation in it,
+
+    ids[:length]    have been read: their keys and values are in the cache
+    ids[length]     was written last and is read by the next step
+
+The step reads one id in every row, runs all layers, draws the next ids, and moves the lengths and
+the stop flags on. It takes nothing from the host and gives nothing to it, so on a GPU it is one
+CUDA graph for each number of rows and longest length. On a CPU the same function simply runs. A row
+that has ended is computed and changes nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen2audio_core import ops
+from qwen2audio_core.config import TextConfig
+from qwen2audio_core.decoder import DecoderLayer
+from qwen2audio_core.encoder import EncoderLayer
+from qwen2audio_core.frontend import clip_lengths, log_mel
+from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.packing import Projection, projection
+from qwen2audio_core.sampling import Settings, choose
+
+MAX_ENDS = 16  # end tokens a conversation can have
+ROWS = (1, 2, 4, 8, 16, 32, 64)  # of recorded steps; fewer conversations run in the next larger one
+SHORTEST = 256  # positions that the shortest recorded step attends over; then every power of two
+
+Saved = list[Tensor]  # what SlotCache.save returns
+
+
+class SlotCache:
+    """Keys and values of every layer, (layers, slots, capacity, G, C); each row has its own length.
+
+    In int8 a vector of C channels is codes and one float32 scale, x = code * scale: half the memory
+    of bfloat16 (C = 128: 132 bytes instead of 256), with errors up to 1/254 of the vector's largest
+    value.
+    """
+
+    def __init__(
+        self,
+        config: TextConfig,
+        slots: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        int8: bool = False,
+    ):
+        shape = (config.num_hidden_layers, slots, capacity, config.num_key_value_heads)
+        self.dtype = dtype
+        stored = torch.int8 if int8 else dtype
+        # Positions behind a row's length are hidden, not left out: they must be finite.
+        self.keys, self.values = (
+            torch.zeros(*shape, config.head_dim, dtype=stored, device=device) for _ in range(2)
+        )
+        self.scales: tuple[Tensor, Tensor] | None = None
+        if int8:
+            scales = [torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2)]
+            self.scales = scales[0], scales[1]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.keys, self.values, *(self.scales or ())]
+
+    def write(self, layer: int, rows: Any, positions: Any, k: Tensor, v: Tensor) -> None:
+        """Store k, v (n, G, C) at [rows, positions], any pair of indices that picks n places."""
+        for x, store, scales in zip(
+            (k, v), (self.keys, self.values), self.scales or (None, None), strict=True
+        ):
+            if scales is not None:
+                x, scale = quantise(x)
+                scales[layer][rows, positions] = scale
+            store[layer][rows, positions] = x
+
+    def read(self, layer: int, rows: slice, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (n, length, G, C) of a range of rows, in the model's dtype."""
+        k, v = self.keys[layer, rows, :length], self.values[layer, rows, :length]
+        if self.scales is None:
+            return k, v
+        k_scale, v_scale = (scale[layer, rows, :length, :, None] for scale in self.scales)
+        return (k * k_scale).to(self.dtype), (v * v_scale).to(self.dtype)
+
+    def save(self, row: int, length: int) -> Saved:
+        """A copy of the first `length` positions of a row."""
+        return [tensor[:, row, :length].clone() for tensor in self.tensors]
+
+    def load(self, row: int, saved: Saved, length: int) -> None:
+        """Put back the first `length` positions of a copy, into any row."""
+        for tensor, copy in zip(self.tensors, saved, strict=True):
+            tensor[:, row, :length] = copy[:, :length]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        for tensor in self.tensors:
+            tensor[:, target, :length] = tensor[:, source, :length]
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., C) to int8 codes (..., C) and float32 scales (...): x = code * scale, rounded."""
+    scale = x.abs().amax(-1).float() / 127
+    codes = (x / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
+    return codes.to(torch.int8), scale
+
+
+class Sampler(Protocol):
+    """Draws the next ids. What it keeps of a row is placed and moved along with the row."""
+
+    def place(self, row: int, ids: Tensor, settings: Settings, budget: int, seed: int) -> None: ...
+
+    def move(self, source: int, target: int) -> None: ...
+
+    def __call__(self, slots: "Slots", logits: Tensor, rows: slice) -> Tensor:
+        """logits (n, V) of a range of rows -> ids (n,)."""
+
+
+class PlainSampler:
+    """sampling.choose, row by row: the tokens of generate.py, seed by seed. For the CPU."""
+
+    def __init__(self, slots: int, device: torch.device):
+        self._device = device
+        self._rows: list[Any] = [None] * slots
+
+    def place(self, row: int, ids: Tensor, settings: Settings, budget: int, seed: int) -> None:
+        self._rows[row] = settings, torch.Generator(self._device).manual_seed(seed)
+
+    def move(self, source: int, target: int) -> None:
+        self._rows[target] = self._rows[source]
+
+    def __call__(self, slots: "Slots", logits: Tensor, rows: slice) -> Tensor:
+        counts = zip(slots.lengths[rows].tolist(), slots.written[rows].tolist(), strict=True)
+        tokens = []
+        for i, (length, written) in enumerate(counts):
+            settings, generator = self._rows[rows.start + i]
+            history = slots.ids[None, rows.start + i, :length]
+            try:
+                token = choose(logits[i : i + 1], history, written, settings, generator)
+            except RuntimeError as error:  # logits that are not finite: no other row's concern
+                slots.failures[rows.start + i] = error
+                token = history[:, -1]
+            tokens.append(token)
+        return torch.cat(tokens)
+
+
+class DeviceSampler:
+    """The kernel `sample`, every row's settings and random numbers lying on the device.
+
+    sample_op  qwen2audio_kernels.sample, or a function with its signature
+    """
+
+    def __init__(
+        self, slots: int, tokens: int, vocabulary: int, device: torch.device, sample_op: Any
+    ):
+        self.temperature = torch.zeros(slots, device=device)
+        self.top_p = torch.ones(slots, device=device)
+        self.penalty = torch.ones(slots, device=device)
+        self.top_k = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.least = torch.zeros(slots, dtype=torch.int64, device=device)  # min_new_tokens
+        self.uniform = torch.zeros(slots, tokens, device=device)
+        self.seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
+        self._sample_op = sample_op
+
+    def place(self, row: int, ids: Tensor, settings: Settings, budget: int, seed: int) -> None:
+        self.temperature[row] = settings.temperature if settings.do_sample else 0.0
+        self.top_p[row] = settings.top_p
+        self.penalty[row] = settings.repetition_penalty
+        self.top_k[row] = settings.top_k
+        self.least[row] = settings.min_new_tokens
+        # Drawn beforehand and on the host: the same numbers on every device, beside any other row.
+        draws = torch.rand(budget, generator=torch.Generator().manual_seed(seed))
+        self.uniform[row, :budget] = draws.to(self.uniform.device)
+        self.seen[row] = False
+        self.seen[row, ids] = True
+
+    def move(self, source: int, target: int) -> None:
+        for state in vars(self).values():
+            if isinstance(state, Tensor):
+                state[target] = state[source]
+
+    def __call__(self, slots: "Slots", logits: Tensor, rows: slice) -> Tensor:
+        written = slots.written[rows, None]
+        ends = slots.ends[rows]
+        early = (ends >= 0) & (written < self.least[rows, None])
+        ceiling = torch.full_like(ends, float("inf"), dtype=logits.dtype)
+        ceiling = ceiling.masked_fill(early, float("-inf"))
+        logits = logits.scatter_reduce(1, ends.clamp(min=0), ceiling, "amin")
+        last = slots.ids[rows].gather(1, slots.lengths[rows, None] - 1)
+        self.seen[rows].scatter_(1, last, True)
+        place = written.clamp(max=self.uniform.shape[1] - 1)  # a row that has ended draws in vain
+        uniform = self.uniform[rows].gather(1, place)[:, 0]
+        settings = (self.temperature, self.top_k, self.top_p, self.penalty, self.seen)
+        tokens: Tensor = self._sample_op(logits, uniform, *(state[rows] for state in settings))
+        return tokens
+
+
+@dataclass
+class Layer:
+    """A decoder layer as the engine runs it."""
+
+    module: DecoderLayer
+    qkv: Projection
+    o: Projection
+    gate_up: Projection
+    down: Projection
+
+
+@dataclass
+class Job:
+    """A conversation to be read into a slot.
+
+    ids     the prompt (T); the first `start` ids are in the slot's cache already
+    clips   waveforms of the places for audio behind `start`, the first of which may begin before it
+    budget  most ids it may write
+    """
+
+    row: int
+    ids: list[int]
+    clips: list[Tensor]
+    settings: Settings
+    budget: int
+    seed: int
+    start: int = 0
+
+
+class Slots:
+    """The state of all conversations and the two ways to move it on, `prefill` and `step`.
+
+    slots          conversations at once
+    capacity       positions of each, prompt and answer
+    int8_cache     see SlotCache
+    kernels        the package qwen2audio_kernels for the fused step, None for plain PyTorch. Norms,
+                   rotation, activation and prefill attention follow the model's own op slots.
+    deterministic  a conversation's logits are the same bits alone and among any others. Prefill one
+                   conversation at a time then, and no part of it from another one's cache.
+    record         how to make a step repeatable without Python: `record_graph` on a GPU; None runs
+                   it each time
+    """
+
+    def __init__(
+        self,
+        model: Qwen2Audio,
+        slots: int,
+        capacity: int,
+        *,
+        int8_cache: bool = False,
+        kernels: Any = None,
+        deterministic: bool = False,
+        record: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+    ):
+        text = model.config.text
+        self.model = model
+        self.trunk = model.language_model.model
+        weight = self.trunk.embed_tokens.weight
+        self.device, dtype = weight.device, weight.dtype
+        device = self.device
+        self.count, self.capacity = slots, capacity
+        self._kernels, self._record = kernels, record
+        self._deterministic = deterministic
+
+        join = partial(
+            projection,
+            linear_op=None if kernels is None else kernels.linear,
+            deterministic=deterministic,
+        )
+        self.layers = [
+            Layer(
+                layer,
+                join(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                join(layer.self_attn.o_proj),
+                join(layer.mlp.gate_proj, layer.mlp.up_proj),
+                join(layer.mlp.down_proj),
+            )
+            for layer in cast(list[DecoderLayer], list(self.trunk.layers))
+        ]
+        self.head = join(model.language_model.lm_head)
+        self._encoder = [
+            (
+                layer,
+                projection(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+            )
+            for layer in cast(list[EncoderLayer], list(model.audio_tower.layers))
+        ]
+
+        self.cache = SlotCache(text, slots, capacity, device, dtype, int8_cache)
+        positions = torch.arange(capacity, device=device)[None]
+        cos, sin = ops.rope_tables(positions, text.head_dim, text.rope_theta, dtype)
+        self._cos, self._sin = cos[0], sin[0]  # (capacity, C/2)
+
+        def state(*shape: int, fill: int | bool = 0) -> Tensor:
+            kind = torch.bool if isinstance(fill, bool) else torch.int64
+            return torch.full(shape, fill, dtype=kind, device=device)
+
+        self.ids = state(slots, capacity + 1)
+        self.lengths = state(slots)
+        self.written = state(slots)
+        self.budget = state(slots)
+        self.ends = state(slots, MAX_ENDS, fill=-1)
+        self.ended = state(slots, fill=True)
+        self._news = state(2, slots)  # last ids, and whether their rows ended
+        self._row_numbers = torch.arange(slots, device=device)
+        self.logits: Tensor | None = None  # of the last prefill or step, for inspection
+        self.failures: dict[int, Exception] = {}  # row -> why nothing could be drawn there
+        self.sampler: Sampler
+        if kernels is None:
+            self.sampler = PlainSampler(slots, device)
+        else:
+            vocabulary = text.vocab_size
+            self.sampler = DeviceSampler(slots, capacity, vocabulary, device, kernels.sample)
+        self._known = [0] * slots  # the lengths, so that asking for them needs no waiting
+        self._recorded: dict[tuple[int, int], Callable[[], None]] = {}
+
+    # --- a conversation enters, moves and leaves --------------------------------------------------
+
+    def prefill(self, jobs: Sequence[Job]) -> list[tuple[int, bool]]:
+        """Read conversations into their slots, all ids in one pass without padding.
+
+        returns  of each job the first id of its answer, and whether that ended it
+        """
+        for job in jobs:
+            self._place(job)
+        ids = [token for job in jobs for token in job.ids[job.start :]]
+        x = self.trunk.embed_tokens(torch.tensor([ids], device=self.device))  # (1, N, D)
+        self._splice(x, jobs)
+        parts, at = [], 0
+        for job in jobs:
+            parts.append((job, slice(at, at + len(job.ids) - job.start)))
+            at = parts[-1][1].stop
+        places = torch.cat([self._row_numbers.new_tensor(range(j.start, len(j.ids))) for j in jobs])
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            y = torch.empty_like(q)
+            for job, part in parts:
+                stop = len(job.ids)
+                self.cache.write(layer, job.row, slice(job.start, stop), k[0, part], v[0, part])
+                keys, values = self.cache.read(layer, slice(job.row, job.row + 1), stop)
+                attention_op = self.layers[layer].module.self_attn.attention_op
+                y[:, part] = attention_op(q[:, part], keys, values, causal=True)
+            return y
+
+        x = self._run(x, self._cos[places][None], self._sin[places][None], attend)
+        last = x[0, [part.stop - 1 for _, part in parts]]  # (n, D)
+        self.logits = self.head(self.trunk.norm(last))
+        news = []
+        for i, job in enumerate(jobs):
+            rows = slice(job.row, job.row + 1)
+            self._append(self.logits[i : i + 1], rows)
+            news += self._tell(rows)
+        return news
+
+    def _place(self, job: Job) -> None:
+        """Set a row's state for a job. Its ends are unsorted ids, padded by -1."""
+        row, length = job.row, len(job.ids)
+        ids = torch.tensor(job.ids, device=self.device)
+        ends = torch.tensor(job.settings.eos_token_ids, dtype=torch.int64, device=self.device)
+        self.ids[row, :length] = ids
+        self.lengths[row] = self._known[row] = length
+        self.written[row] = 0
+        self.budget[row] = job.budget
+        self.ends[row] = -1
+        self.ends[row, : len(ends)] = ends
+        self.ended[row] = False
+        self.sampler.place(row, ids, job.settings, job.budget, job.seed)
+
+    def move(self, source: int, target: int) -> None:
+        """Take the conversation of one row to another; the source stays as a copy."""
+        self.cache.move(source, target, self._known[source])
+        for tensor in (self.ids, self.lengths, self.written, self.budget, self.ends, self.ended):
+            tensor[target] = tensor[source]
+        self._known[target] = self._known[source]
+        self.sampler.move(source, target)
+
+    def clear(self, row: int) -> None:
+        """Empty a slot. Until its next prefill it may be computed along with others."""
+        for tensor in self.cache.tensors:  # what it hid might not be finite
+            tensor[:, row, : self._known[row] + 1] = 0
+        self.ended[row] = True
+        self.lengths[row] = self._known[row] = 0
+
+    # --- the step ---------------------------------------------------------------------------------
+
+    def step(self, count: int) -> list[tuple[int, bool]]:
+        """Write one id in each of the first `count` slots; returns it, and whether it was last."""
+        longest = max(self._known[:count]) + 1
+        if self._record is not None:
+            self._replay(count, longest)
+        elif self._deterministic and self._kernels is None:
+            # Library products add up in an order that depends on their shape: give all rows one.
+            for row, length in enumerate(self._known[:count]):
+                self._step(slice(row, row + 1), length + 1, even=True)
+        else:
+            self._step(slice(0, count), longest, even=min(self._known[:count]) + 1 == longest)
+        news = self._tell(slice(0, count))
+        self._known[:count] = [length + 1 for length in self._known[:count]]
+        return news
+
+    def _replay(self, count: int, longest: int) -> None:
+        """Run the smallest recorded step that holds so many rows and positions."""
+        rows = min([n for n in ROWS if n >= count] + [self.count], key=lambda n: (n < count, n))
+        rows = min(rows, self.count)
+        span = SHORTEST
+        while span < longest:
+            span *= 2
+        key = (rows, min(span, self.capacity))
+        if key not in self._recorded:
+            assert self._record is not None
+            # Recording runs the step a few times: with every row ended, that changes nothing.
+            ended = self.ended.clone()
+            self.ended.fill_(True)
+            self._recorded[key] = self._record(lambda: self._step(slice(0, rows), key[1], False))
+            self.ended.copy_(ended)
+        self._recorded[key]()
+
+    def _step(self, rows: slice, span: int, even: bool) -> None:
+        """One id in a range of rows, attending over the first `span` positions.
+
+        even  every row's length is span - 1, so that nothing needs to be hidden
+        """
+        positions = self.lengths[rows].clone()  # (n,)
+        alive = ~self.ended[rows]
+        lengths = positions + 1  # with the id that is read now
+        x = self.trunk.embed_tokens(self.ids[rows].gather(1, positions[:, None]))  # (n, 1, D)
+        visible = None
+        if self._kernels is None and not even:
+            visible = ops.visible_keys(1, span, False, None, lengths, self.device)
+        numbers = self._row_numbers[rows]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.cache.write(layer, numbers, positions, k[:, 0], v[:, 0])
+            if self._kernels is None:
+                keys, values = self.cache.read(layer, rows, span)
+                return attend_one(q, keys, values, visible)
+            scales = {}
+            if self.cache.scales is not None:
+                k_scale, v_scale = (scale[layer, rows, :span] for scale in self.cache.scales)
+                scales = {"k_scale": k_scale, "v_scale": v_scale}
+            keys = self.cache.keys[layer, rows, :span]
+            values = self.cache.values[layer, rows, :span]
+            y: Tensor = self._kernels.decode_attention(q[:, 0], keys, values, lengths, **scales)
+            return y[:, None]
+
+        x = self._run(x, self._cos[positions][:, None], self._sin[positions][:, None], attend)
+        self.lengths[rows] += alive
+        self.logits = self.head(self.trunk.norm(x[:, 0]))
+        self._append(self.logits, rows)
+
+    def _append(self, logits: Tensor, rows: slice) -> None:
+        """Draw the next ids from logits (n, V), put them behind what was read, set the flags."""
+        alive = ~self.ended[rows]
+        place = self.lengths[rows, None]
+        tokens = self.sampler(self, logits, rows)
+        tokens = torch.where(alive, tokens, self.ids[rows].gather(1, place)[:, 0])
+        self.ids[rows].scatter_(1, place, tokens[:, None])
+        self.written[rows] += alive
+        stop = (tokens[:, None] == self.ends[rows]).any(1)
+        self.ended[rows] |= stop | (self.written[rows] >= self.budget[rows])
+        self._news[0, rows] = tokens
+        self._news[1, rows] = self.ended[rows].long()
+
+    def _tell(self, rows: slice) -> list[tuple[int, bool]]:
+        tokens, ended = self._news[:, rows].tolist()  # the one place that waits for the device
+        return [(token, bool(end)) for token, end in zip(tokens, ended, strict=True)]
+
+    # --- the arithmetic ---------------------------------------------------------------------------
+
+    def _run(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """All decoder layers on x (B, T, D); `attend` stores k, v and returns q's attention."""
+        for i, layer in enumerate(self.layers):
+            attention, mlp = layer.module.self_attn, layer.module.mlp
+            heads = (*x.shape[:2], -1, attention.head_dim)
+            q, k, v = (
+                part.view(heads) for part in layer.qkv.split(layer.module.input_layernorm(x))
+            )
+            q, k = attention.rope_op(q, k, cos, sin)
+            y = attend(i, q, k, v)
+            x = layer.o(y.reshape(x.shape), residual=x)
+            hidden = layer.gate_up.gated(layer.module.post_attention_layernorm(x), mlp.swiglu_op)
+            x = layer.down(hidden, residual=x)
+        return x
+
+    def _splice(self, x: Tensor, jobs: Sequence[Job]) -> None:
+        """Write the clips' rows into their places in x (1, N, D), the jobs' ids end to end."""
+        audio_id = self.model.config.audio_token_id
+        clips = [clip for job in jobs for clip in job.clips]
+        if not clips:
+            return
+        rows = self.encode(clips)  # (sum of K, D)
+        at = used = 0
+        for job in jobs:
+            places = [i for i, token in enumerate(job.ids[job.start :]) if token == audio_id]
+            used += sum(clip_lengths(len(clip)).audio_tokens for clip in job.clips)
+            # A prefix from the cache may end within the first clip: what it held of it is left out.
+            x[0, [at + i for i in places]] = rows[used - len(places) : used]
+            at += len(job.ids) - job.start
+
+    def encode(self, clips: Sequence[Tensor]) -> Tensor:
+        """Waveforms to rows of the text width (sum of K, D): valid frames end to end, unpadded."""
+        tower = self.model.audio_tower
+        dtype = tower.conv1.weight.dtype
+        frames = [clip_lengths(len(clip)).conv_frames for clip in clips]
+        pieces = []
+        for clip, count in zip(clips, frames, strict=True):
+            mel = log_mel(clip.to(self.device), self.model.config.audio.num_mel_bins)
+            h = tower.gelu_op(tower.conv1(mel[None].to(dtype)))
+            h = tower.gelu_op(tower.conv2(h))[:, :, :count].transpose(1, 2)  # (1, T, Da)
+            pieces.append(h + tower.embed_positions.weight[:count])
+        x = torch.cat(pieces, dim=1)
+        for layer, qkv in self._encoder:
+            x = encoder_layer(layer, qkv, x, frames)
+        pooled = [
+            F.avg_pool1d(part.transpose(1, 2), kernel_size=2, stride=2).transpose(1, 2)
+            for part in x.split(frames, dim=1)
+        ]
+        rows = self.model.multi_modal_projector(tower.layer_norm(torch.cat(pooled, dim=1)))
+        return rows[0].to(self.trunk.embed_tokens.weight.dtype)
+
+
+def encoder_layer(layer: EncoderLayer, qkv: Projection, x: Tensor, frames: list[int]) -> Tensor:
+    """encoder.EncoderLayer on clips laid end to end, x (1, N, Da), each seeing itself alone."""
+    heads = (*x.shape[:2], -1, layer.self_attn.head_dim)
+    q, k, v = (part.view(heads) for part in qkv.split(layer.self_attn_layer_norm(x)))
+    pieces = zip(*(part.split(frames, dim=1) for part in (q, k, v)), strict=True)
+    y = torch.cat([layer.self_attn.attention_op(*piece) for piece in pieces], dim=1)
+    x = x + layer.self_attn.out_proj(y.reshape(x.shape))
+    x = x + layer.fc2(layer.gelu_op(layer.fc1(layer.final_layer_norm(x))))
+    if x.dtype == torch.float16:  # the published model's guard against overflow
+        limit = torch.finfo(x.dtype).max - 1000
+        x = x.clamp(-limit, limit)
+    return x
+
+
+def attend_one(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """Attention of one query a row, q (n, 1, H, C), k and v (n, S, G, C), visible (n, 1, 1, S)."""
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=visible,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return y.transpose(1, 2)
+
+
+def record_graph(device: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """A recorder for `Slots`: steps become CUDA graphs that share one pool of memory."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(step: Callable[[], None]) -> Callable[[], None]:
+        with torch.cuda.device(device):
+            # Kernels are compiled and libraries opened outside the recording, on a side stream.
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    step()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may use the GPU meanwhile, for the log-mels of the next request.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                step()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    return record

@@ -1,0 +1,81 @@
+"""Packed linear layers: the bits of F.linear, and never a stale weight."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qwen2audio_core import backends, tiny
+from qwen2audio_core.errors import InputError
+from qwen2audio_core.linear import Linear, PackedLinear, why_not_packed
+from qwen2audio_core.model import Qwen2Audio
+
+WEIGHT = torch.randn(96, 80, generator=torch.Generator().manual_seed(0)).bfloat16()
+needs_bf16 = pytest.mark.skipif(
+    bool(why_not_packed(WEIGHT)), reason=f"cannot pack here: {why_not_packed(WEIGHT)}"
+)
+
+
+def random(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+@needs_bf16
+@pytest.mark.parametrize("rows", [(1,), (7,), (2, 33), (300,)])
+@pytest.mark.parametrize("bias", [None, WEIGHT[:, 0].clone()], ids=["plain", "bias"])
+def test_the_same_bits(rows, bias):
+    x = random(*rows, 80)
+    with torch.no_grad():
+        assert torch.equal(PackedLinear()(x, WEIGHT, bias), F.linear(x, WEIGHT, bias))
+
+
+@needs_bf16
+def test_a_changed_weight_is_packed_anew():
+    layer = Linear(80, 96).bfloat16()
+    layer.linear_op = PackedLinear()
+    x = random(3, 80)
+    with torch.no_grad():
+        before = layer(x)
+        layer.weight.mul_(2)
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        layer.weight.data = WEIGHT.clone()
+        after = layer(x)
+        assert torch.equal(after, F.linear(x, WEIGHT, layer.bias))
+        assert not torch.equal(after, before)
+
+
+@needs_bf16
+def test_gradients_pass_as_without_it():
+    layer = Linear(80, 96).bfloat16()
+    layer.linear_op = PackedLinear()
+    x = random(3, 80).requires_grad_()
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None and x.grad is not None
+    layer.requires_grad_(False)
+    layer(x.detach())
+
+
+@needs_bf16
+def test_the_whole_model_packed():
+    torch.manual_seed(0)
+    model = Qwen2Audio(tiny.TINY).bfloat16().eval()
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        expected = model(ids)
+        with backends.use(model, linear="packed") as handle:
+            assert handle.chosen == {"linear": "packed"}
+            slots = [m.linear_op for m in model.modules() if isinstance(m, Linear)]
+            assert len({id(slot) for slot in slots}) == len(slots) > 10  # one for each layer
+            assert torch.equal(model(ids), expected)
+            assert torch.equal(copy.deepcopy(model)(ids), expected)
+        assert all(m.linear_op is F.linear for m in model.modules() if isinstance(m, Linear))
+        assert backends.use(model, "auto").chosen["linear"] == "packed"
+
+
+def test_where_it_does_not_pay():
+    model = Qwen2Audio(tiny.TINY)
+    with pytest.raises(InputError, match="packing gains nothing in float32"):
+        backends.use(model, linear="packed")
+    assert backends.use(model, "auto").chosen["linear"] == "torch"
+    assert "weights are on meta" in why_not_packed(torch.empty(1, device="meta"))

@@ -1,0 +1,148 @@
+"""Packing: one storage for weights that are read together, and nothing else changes."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from qwen2audio_core import tiny
+from qwen2audio_core.errors import InputError
+from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.packing import Projection, Separate, pack, projection, side_by_side
+from qwen2audio_core.quantize import quantize
+from qwen2audio_core.saving import save_model
+from qwen2audio_core.weights import load_model
+
+
+@pytest.fixture
+def model(tmp_path) -> Qwen2Audio:
+    tiny.write_random(tmp_path / "model", seed=3, dtype=torch.float32, std=0.125)
+    return load_model(tmp_path / "model")
+
+
+def groups(model: Qwen2Audio) -> Iterator[tuple[torch.nn.Linear, ...]]:
+    for layer in [*model.language_model.model.layers, *model.audio_tower.layers]:
+        attention = layer.self_attn
+        yield attention.q_proj, attention.k_proj, attention.v_proj
+    for layer in model.language_model.model.layers:
+        yield layer.mlp.gate_proj, layer.mlp.up_proj
+
+
+def test_names_and_values_stay(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parameters = dict(model.named_parameters())
+    pack(model)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(dict(model.named_parameters())[name] is one for name, one in parameters.items())
+
+
+def test_no_weight_is_stored_twice(model):
+    pack(model)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in model.parameters()}
+    held = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+    zeros = sum(len(layer.self_attn.q_proj.bias) * 4 for layer in model.audio_tower.layers)
+    packed = {id(p) for group in groups(model) for layer in group for p in layer.parameters()}
+    buffers = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+        for p in model.parameters()
+        if id(p) in packed
+    }
+    inside = sum(p.numel() * p.itemsize for p in model.parameters() if id(p) in packed)
+    assert sum(buffers.values()) == inside + zeros
+    assert len(storages) <= len(list(model.parameters())) and held > inside
+
+
+def test_a_group_is_one_product_and_equals_its_layers(model):
+    x = torch.randn(3, 5, 64)
+    assert any(isinstance(projection(*group), Separate) for group in groups(model))
+    for packed in (False, True):
+        if packed:
+            pack(model)
+        for group in groups(model):
+            joint = projection(*group)
+            assert isinstance(joint, Separate) is False or not packed
+            for ours, layer in zip(joint.split(x), group, strict=True):
+                torch.testing.assert_close(ours, layer(x), rtol=1e-6, atol=1e-6)
+            whole = joint(x, residual=torch.ones_like(joint(x)))
+            expected = torch.cat([layer(x) for layer in group], -1) + 1
+            torch.testing.assert_close(whole, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_packing_twice_moves_nothing(model):
+    pack(model)
+    places = [parameter.data_ptr() for parameter in model.parameters()]
+    pack(model)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == places
+
+
+def test_a_packed_model_is_saved_and_read_as_before(model, tmp_path):
+    pack(model)
+    save_model(model, tmp_path / "saved")
+    again = load_model(tmp_path / "saved").state_dict()
+    assert all(torch.equal(again[name], one) for name, one in model.state_dict().items())
+
+
+def test_the_file_is_never_written_to(model, tmp_path):
+    """The weights were mapped from it; the packed ones are the process's own."""
+    file = tmp_path / "model" / "model.safetensors"
+    before = file.read_bytes()
+    pack(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert file.read_bytes() == before
+
+
+def test_training_moves_the_packed_weights(model):
+    pack(model)
+    attention = model.language_model.model.layers[0].self_attn
+    joint = projection(attention.q_proj, attention.k_proj, attention.v_proj)
+    ids = torch.arange(10)[None]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(ids).square().mean().backward()
+    before = joint.weight.clone()
+    optimizer.step()
+    assert attention.k_proj.weight.grad is not None
+    assert not torch.equal(joint.weight, before)
+    assert torch.equal(joint.weight[64:96], attention.k_proj.weight)
+
+
+def test_an_encoder_bias_with_something_in_the_gap_is_not_taken_for_packed():
+    q, k, v = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4)
+    buffer = torch.randn(36)
+    with torch.no_grad():
+        weight = torch.randn(12, 4)
+        for layer, part in zip((q, k, v), weight.split(4), strict=True):
+            layer.weight.data = part
+        q.bias.data, v.bias.data = buffer[:4], buffer[8:12]
+    assert isinstance(projection(q, k, v), Separate)
+    buffer[4:8] = 0
+    joint = projection(q, k, v)
+    assert type(joint) is Projection
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(joint(x), torch.cat([q(x), k(x), v(x)], -1))
+
+
+def test_side_by_side_sees_order_gaps_and_kinds():
+    buffer = torch.randn(10, 3)
+    assert torch.equal(side_by_side([buffer[:4], buffer[4:]]), buffer)
+    assert side_by_side([buffer[4:], buffer[:4]]) is None
+    assert side_by_side([buffer[:4], buffer[5:]]) is None
+    assert side_by_side([buffer[:4], buffer[4:].clone()]) is None
+    assert side_by_side([buffer[:4, :2], buffer[4:, :2]]) is None
+
+
+def test_quantised_layers_stay_and_adapters_are_refused(model):
+    quantize(model, 8)
+    pack(model)
+    attention = model.language_model.model.layers[0].self_attn
+    x = torch.randn(2, 64)
+    parts = projection(attention.q_proj, attention.k_proj).split(x)
+    assert torch.equal(parts[1], attention.k_proj(x))
+
+    class Adapter(torch.nn.Linear): ...
+
+    with pytest.raises(InputError, match="found a Adapter: merge adapters"):
+        projection(attention.q_proj, Adapter(64, 64))
