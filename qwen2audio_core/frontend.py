@@ -113,14 +113,16 @@ def log_mel(waveform: Tensor, num_mel_bins: int = 128) -> Tensor:
     # The maximum needs frame L + 1 as well: its window still reaches the clip's last 40 samples.
     frames = max(lengths.input_frames, lengths.mel_frames + 2)
     half = N_FFT // 2
-    if frames >= MAX_FRAMES:  # only here does a window reach the end of the 30 s, reflected again
-        frames = MAX_FRAMES
-        padded = F.pad(waveform, (0, MAX_SAMPLES - waveform.shape[0]))
-        padded = F.pad(padded[None], (half, half), mode="reflect")[0]
-    else:
-        silence = max(0, (frames - 1) * HOP_LENGTH + half - waveform.shape[0])
-        beginning = F.pad(waveform[: half + 1], (0, max(0, half + 1 - waveform.shape[0])))
-        padded = torch.cat((beginning[1:].flip(0), waveform, waveform.new_zeros(silence)))
+    if frames < MAX_FRAMES:
+        end = (frames - 1) * HOP_LENGTH + half
+    else:  # only now does a window reach the end of the 30 s, where the signal is reflected again
+        frames, end = MAX_FRAMES, MAX_SAMPLES
+    silence = end - waveform.shape[0]
+    body = F.pad(waveform, (0, silence)) if silence else waveform
+    parts = [body[1 : half + 1].flip(0), body]
+    if end == MAX_SAMPLES:
+        parts.append(body[-half - 1 : -1].flip(0))
+    padded = torch.cat(parts)
     window, filters = constants(num_mel_bins, waveform.device, waveform.dtype)
     stft = torch.fft.rfft(padded.unfold(0, N_FFT, HOP_LENGTH)[:frames] * window)  # (frames, 201)
     power = stft.real.square() + stft.imag.square()
