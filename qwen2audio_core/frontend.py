@@ -58,6 +58,7 @@ def clip_lengths(samples: int) -> ClipLengths:
 
 
 @cache
+@torch.inference_mode(False)  # what is kept may be needed for a gradient later
 def mel_filters(num_mel_bins: int = 128) -> Tensor:
     """Triangular filters that sum the power spectrum into mel bins.
 
@@ -83,6 +84,7 @@ def mel_filters(num_mel_bins: int = 128) -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)
 def constants(num_mel_bins: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The Hann window (400,) and the mel filters (M, 201), made in float32 as published."""
     window = torch.hann_window(N_FFT, device=device, dtype=torch.float32)

@@ -28,7 +28,7 @@ class Projection:
 
     sizes    outputs of each layer, in order
     weight   (N, K) and bias (N,) or None, N the sum of the sizes; None where the layers' weights
-             lie apart (`Separate`) or are codes (`Quantized`)
+             lie apart (`Separate`) or are the layer's own business (`Alone`)
     """
 
     def __init__(self, sizes: Sequence[int], weight: Tensor | None, bias: Tensor | None):
@@ -75,9 +75,9 @@ class Kernel(Projection):
 
     MOST_ROWS = 64
 
-    def __init__(self, plain: Projection, linear_op: Callable[..., Tensor], deterministic: bool):
+    def __init__(self, plain: Projection, kernel: Callable[..., Tensor], deterministic: bool):
         super().__init__(plain.sizes, plain.weight, plain.bias)
-        self._linear_op = linear_op
+        self._kernel = kernel
         self._options: dict[str, Any] = {"deterministic": deterministic}
 
     def _few(self, x: Tensor) -> bool:
@@ -86,20 +86,21 @@ class Kernel(Projection):
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not self._few(x):
             return super().__call__(x, residual)
-        return self._linear_op(x, self.weight, self.bias, residual=residual, **self._options)
+        return self._kernel(x, self.weight, self.bias, residual=residual, **self._options)
 
     def gated(self, x: Tensor, swiglu_op: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         if not self._few(x):
             return super().gated(x, swiglu_op)
-        return self._linear_op(x, self.weight, self.bias, swiglu=True, **self._options)
+        return self._kernel(x, self.weight, self.bias, swiglu=True, **self._options)
 
 
-class Quantized(Projection):
-    """One quantised layer, which knows its own kernels."""
+class Alone(Projection):
+    """One layer as it runs itself: quantised, or with another function in its slot."""
 
-    def __init__(self, layer: QuantizedLinear, deterministic: bool):
+    def __init__(self, layer: nn.Linear | QuantizedLinear, deterministic: bool):
         super().__init__([layer.out_features], None, None)
-        layer.deterministic = deterministic
+        if isinstance(layer, QuantizedLinear):
+            layer.deterministic = deterministic
         self.layer = layer
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -109,37 +110,35 @@ class Quantized(Projection):
 
 def projection(
     *layers: nn.Module,
-    linear_op: Callable[..., Tensor] | None = None,
+    kernel: Callable[..., Tensor] | None = None,
     deterministic: bool = False,
 ) -> Projection:
     """Linear layers over one input as a Projection: one product if their weights lie side by side.
 
-    linear_op      qwen2audio_kernels.linear, or None for the library's product alone
+    kernel         qwen2audio_kernels.linear, for layers with nothing else in their slot
     deterministic  for kernels: a row's result is the same bits alone and among others
     errors         InputError for a layer that is more than its weight, such as an adapter
     """
-    plain: list[nn.Linear] = []
     for layer in layers:
-        if type(layer) in (nn.Linear, Linear):
-            plain.append(layer)
-        elif not isinstance(layer, QuantizedLinear):
+        if type(layer) not in (nn.Linear, Linear, QuantizedLinear):
             raise InputError(
                 f"the engine runs plain and quantised linear layers and found a"
                 f" {type(layer).__name__}: merge adapters into the weights first"
             )
-    if len(plain) == len(layers):
-        sizes = [layer.out_features for layer in plain]
-        biases = [layer.bias for layer in plain]
-        weight = side_by_side([layer.weight for layer in plain])
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    empty_slots = all(vars(layer).get("linear_op", F.linear) is F.linear for layer in linear)
+    if len(linear) == len(layers) and empty_slots:
+        sizes = [layer.out_features for layer in linear]
+        biases = [layer.bias for layer in linear]
+        weight = side_by_side([layer.weight for layer in linear])
         bias = _joint_bias(biases, sizes)
         if weight is not None and (bias is not None or all(b is None for b in biases)):
             joint = Projection(sizes, weight, bias)
-            return joint if linear_op is None else Kernel(joint, linear_op, deterministic)
-    if len(layers) == 1 and isinstance(layers[0], QuantizedLinear):
-        return Quantized(layers[0], deterministic)
-    return Separate(
-        [projection(one, linear_op=linear_op, deterministic=deterministic) for one in layers]
-    )
+            return joint if kernel is None else Kernel(joint, kernel, deterministic)
+    if len(layers) == 1:
+        assert isinstance(layers[0], (nn.Linear, QuantizedLinear))
+        return Alone(layers[0], deterministic)
+    return Separate([projection(one, kernel=kernel, deterministic=deterministic) for one in layers])
 
 
 def pack(model: Qwen2Audio) -> None:

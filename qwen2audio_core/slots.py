@@ -140,7 +140,7 @@ class PlainSampler:
             history = slots.ids[None, rows.start + i, :length]
             try:
                 token = choose(logits[i : i + 1], history, written, settings, generator)
-            except RuntimeError as error:  # logits that are not finite: no other row's concern
+            except Exception as error:  # logits that are not finite: no other row's concern
                 slots.failures[rows.start + i] = error
                 token = history[:, -1]
             tokens.append(token)
@@ -189,7 +189,7 @@ class DeviceSampler:
         ceiling = torch.full_like(ends, float("inf"), dtype=logits.dtype)
         ceiling = ceiling.masked_fill(early, float("-inf"))
         logits = logits.scatter_reduce(1, ends.clamp(min=0), ceiling, "amin")
-        last = slots.ids[rows].gather(1, slots.lengths[rows, None] - 1)
+        last = slots.ids[rows].gather(1, (slots.lengths[rows, None] - 1).clamp(min=0))
         self.seen[rows].scatter_(1, last, True)
         place = written.clamp(max=self.uniform.shape[1] - 1)  # a row that has ended draws in vain
         uniform = self.uniform[rows].gather(1, place)[:, 0]
@@ -264,7 +264,7 @@ class Slots:
 
         join = partial(
             projection,
-            linear_op=None if kernels is None else kernels.linear,
+            kernel=None if kernels is None else kernels.linear,
             deterministic=deterministic,
         )
         self.layers = [

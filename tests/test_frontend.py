@@ -149,6 +149,16 @@ def test_the_mask_formula_is_the_extractors(extractor):
         assert published(extractor, signal(samples))[1] == clip_lengths(samples).mel_frames
 
 
+def test_gradients_pass_even_after_inference_mode():
+    frontend.constants.cache_clear()
+    mel_filters.cache_clear()
+    with torch.inference_mode():
+        log_mel(signal(5000))
+    waveform = signal(5000).requires_grad_()
+    log_mel(waveform).sum().backward()
+    assert waveform.grad.isfinite().all() and (waveform.grad != 0).float().mean() > 0.9
+
+
 def test_lengths_at_the_edges():
     assert clip_lengths(320).audio_tokens == 0
     assert clip_lengths(321).audio_tokens == clip_lengths(960).audio_tokens == 1

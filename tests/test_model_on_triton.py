@@ -75,15 +75,16 @@ class Step(nn.Module):
 
 
 def test_every_slot_gets_a_kernel(model: Qwen2Audio) -> None:
+    """All but the linear layers: their kernel is for few rows and has no backward."""
     with backends.use(model, "triton") as used:
-        assert set(used.chosen.values()) == {"triton"} and set(used.chosen) == set(backends.PLAIN)
+        assert used.chosen == {op: "torch" if op == "linear" else "triton" for op in backends.PLAIN}
         filled = [
             function
             for module in model.modules()
             for name, function in vars(module).items()
-            if name.endswith("_op")
+            if name.endswith("_op") and name != "linear_op"
         ]
-        assert filled
+        assert len(filled) > 20
         assert all(function.__module__.startswith("qwen2audio_kernels.") for function in filled)
 
 

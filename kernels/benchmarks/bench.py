@@ -11,8 +11,9 @@ No op whose tests fail gets a speed. Beside its tests, each case is checked at t
 timed, by the rule of tests/tolerance.py. Then the arms (kernel, torch, eager, Liger, flash-attn)
 alternate. A sample is one replay of a CUDA graph that holds a call on each of several copies of the
 inputs, together four times larger than the GPU's cache, so that it is the kernels that are timed
-and not the launches, and memory and not the cache. Where an op cannot be recorded, all its arms are
-called one by one. "both" is forward and backward together. Clocks are reported, never set.
+and not the launches, and memory and not the cache. (There are 256 copies at most: a few rows fit
+any cache.) Where an op cannot be recorded, all its arms are called one by one. "both" is forward
+and backward together. Clocks are reported, never set.
 
 A ratio is the other arm's median over the kernel's: above 1 the kernel is faster.
 """
@@ -75,10 +76,14 @@ def tests_pass(files: set[str], device: str) -> dict[str, bool]:
 
 
 def draw(case: Any, device: str, dtype: Any) -> dict[str, Any]:
-    """Fresh inputs of a case, rounded and on the device."""
+    """Fresh inputs of a case, made on the device and rounded."""
+    import torch
+
+    with torch.device(device):
+        inputs = case.inputs()
     return {
-        name: x.to(device, dtype if x.is_floating_point() and name not in case.exact else x.dtype)
-        for name, x in case.inputs().items()
+        name: x.to(dtype) if x.is_floating_point() and name not in case.exact else x
+        for name, x in inputs.items()
     }
 
 
@@ -175,7 +180,7 @@ class Arm:
 
 
 def copies_of(case: Any, device: str, dtype: Any) -> list[dict[str, Any]]:
-    """Inputs that no cache holds at once: four times its size, at least two copies of small ones."""
+    """Copies of the inputs that the GPU's cache cannot hold at once: four times its size."""
     import torch
 
     first = draw(case, device, dtype)
@@ -184,7 +189,7 @@ def copies_of(case: Any, device: str, dtype: Any) -> list[dict[str, Any]]:
     size = sum(x.numel() * x.element_size() for x in first.values())
     cache = 4 * torch.cuda.get_device_properties(0).L2_cache_size
     wanted = min(max(1, -(-cache // size)), 256)
-    # Copies, not draws: the values do not matter, and drawing on the CPU takes long.
+    # Copies, not draws: the values do not matter.
     return [first, *({k: x.clone() for k, x in first.items()} for _ in range(wanted - 1))]
 
 
@@ -198,17 +203,17 @@ def alternate(arms: dict[str, Arm], device: str, samples: int) -> dict[str, list
 
 
 def race(case: Any, direction: str, device: str, dtype: Any, samples: int) -> dict[str, Any]:
-    """Times and memory of every arm: {"times": {arm: [ms]}, "mib": {arm: MiB}, "timed": how}."""
+    """{"times": {arm: [ms]}, "mib": {arm: MiB}, "timed": how, "dtype": of the inputs}."""
     gradients = case.gradients if direction == "both" else ()
     copies = copies_of(case, device, dtype)
     theirs = [case.peer_inputs(inputs) for inputs in copies]
     functions = {"kernel": case.kernel, **case.peers}
+    inputs = {"kernel": copies, **dict.fromkeys(case.peers, theirs)}
+    if "liger" in case.peers:  # it writes gradients over the tensors it is given
+        inputs["liger"] = [{k: x.clone() for k, x in one.items()} for one in theirs]
     record = case.graph and device != "cpu"
     while True:
-        arms = {
-            name: Arm(f, copies if name == "kernel" else theirs, gradients)
-            for name, f in functions.items()
-        }
+        arms = {name: Arm(f, inputs[name], gradients) for name, f in functions.items()}
         mib: dict[str, float] = {}
         try:
             for name in list(arms):
@@ -225,11 +230,17 @@ def race(case: Any, direction: str, device: str, dtype: Any, samples: int) -> di
                 print(f"    {name} cannot run here: {problem}")
                 del functions[name]
     times = alternate(arms, device, samples)
-    return {"times": times, "mib": mib, "timed": "graph" if record else "calls"}
+    dtype = next(x.dtype for x in copies[0].values() if x.is_floating_point())
+    return {
+        "times": times,
+        "mib": mib,
+        "timed": "graph" if record else "calls",
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
 
 def row_of(
-    case: Any, direction: str, dtype: str, found: dict[str, Any], machine: Row, ceilings: dict
+    case: Any, direction: str, found: dict[str, Any], machine: Row, ceilings: dict[str, float]
 ) -> Row:
     """One line of the results."""
     times = found["times"]
@@ -241,7 +252,7 @@ def row_of(
         **machine,
         "op": case.op,
         "shape": case.shape,
-        "dtype": dtype,
+        "dtype": found["dtype"],
         "direction": direction,
         "ms": f"{ms:.4g}",
         "p90_ms": f"{p90(times['kernel']):.4g}",
@@ -255,7 +266,7 @@ def row_of(
     }
     for peer in PEERS:
         if peer in times:
-            row[f"{peer}_x"] = f"{statistics.median(times[peer]) / ms:.2f}"
+            row[f"{peer}_x"] = f"{statistics.median(times[peer]) / ms:.3g}"
     return {name: row.get(name, "") for name in COLUMNS}
 
 
@@ -364,10 +375,11 @@ def table(folder: Path) -> str:
         if limits:
             reached = ", ".join(f"{r['op'][9:]} {r['rate']} {r['unit']}" for r in limits)
             parts.append(f"Measured ceilings: {reached}.\n")
-        parts.append(
-            "| op | shape | type, direction | ms (90 %) | rate | of ceiling | x torch | x eager "
-            "| x Liger | x flash-attn | MiB, torch's |\n|---|---|---|---|---|---|---|---|---|---|---|"
+        heads = (
+            *("op", "shape", "type, direction", "ms (90 %)", "rate", "of ceiling", "x torch"),
+            *("x eager", "x Liger", "x flash-attn", "MiB, torch's"),
         )
+        parts.append(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
         parts += [
             f"| {r['op']} | {r['shape']} | {r['dtype']}, {r['direction']} | {r['ms']} "
             f"({r['p90_ms']}) | {r['rate']} {r['unit']} | {r['of_ceiling']} | {r['torch_x']} "
@@ -415,10 +427,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def bench(arguments: argparse.Namespace, device: str) -> int:
+    import shapes
     import torch
 
     import qwen2audio_kernels as kernels
-    import shapes
 
     dtype = getattr(torch, arguments.dtype)
     every = list(shapes.cases(arguments.quick, torch.finfo(dtype).bits))
@@ -453,7 +465,7 @@ def bench(arguments: argparse.Namespace, device: str) -> int:
             except torch.cuda.OutOfMemoryError:
                 print("    left out: not enough memory")
                 break
-            rows.append(row_of(case, direction, arguments.dtype, found, here, ceilings))
+            rows.append(row_of(case, direction, found, here, ceilings))
             if device == "cuda":
                 report(rows[-1])
                 torch.cuda.empty_cache()

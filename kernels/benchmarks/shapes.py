@@ -9,6 +9,7 @@ cases, for a run through Triton's interpreter.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ def cases(quick: bool, bits: int = 16) -> Iterator[Case]:
     yield from norms(quick, byte)
     yield from elementwise(quick, byte)
     yield from attentions(quick)
+    yield from packed(quick)
     yield from decoding(quick, byte)
     yield from linears(quick, byte)
     yield from ends(quick, byte)
@@ -231,11 +233,11 @@ def attentions(quick: bool) -> Iterator[Case]:
     )
     H, C = (1, 64) if quick else (20, 64)
     for B, T in encoder:
-        tuned = (B, T) == encoder[min(1, len(encoder) - 1)]
+        tuned = encoder[min(1, len(encoder) - 1)] == (B, T)
         yield attention_case("encoder", B, T, T, H, C, False, tuned)
     H, C = (1, 128) if quick else (32, 128)
     for B, T, S in decoder:
-        tuned = (B, T, S) == decoder[0 if quick else 1]
+        tuned = decoder[0 if quick else 1] == (B, T, S)
         yield attention_case("decoder", B, T, S, H, C, True, tuned)
 
 
@@ -265,6 +267,52 @@ def attention_case(
         3.5 * work,
         tunes=tuple((f"attention_{key}_{C}", run) for key, run in stages) if tuned else (),
     )
+
+
+def packed(quick: bool) -> Iterator[Case]:
+    """Clips laid end to end in the encoder, against the same clips padded to the longest."""
+    H, C = (1, 64) if quick else (20, 64)
+    batches = (
+        {"3 clips": (20, 7, 33)}
+        if quick
+        else {"32 clips of 3 s": (150,) * 32, "8 clips of 3 to 30 s": (150, 250, 500, 1500) * 2}
+    )
+    for name, lengths in batches.items():
+        work = 4.0 * H * C * sum(length**2 for length in lengths)
+        yield Case(
+            "attention_varlen",
+            f"encoder: {name}, {H} heads of {C}",
+            partial(packed_inputs, lengths, H, C),
+            partial(kernels.attention_varlen, max_seqlen=max(lengths)),
+            partial(packed_plain, lengths),
+            {"torch": ops.sdpa},
+            "matmul",
+            work,
+            ("q", "k", "v"),
+            3.5 * work,
+            peer_inputs=partial(padded, lengths),
+        )
+
+
+def packed_inputs(lengths: tuple[int, ...], H: int, C: int) -> Inputs:
+    found = {name: normal(sum(lengths), H, C) for name in "qkv"}
+    return found | {"cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)}
+
+
+def packed_plain(lengths: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, **_: Tensor) -> Tensor:
+    pieces = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    return torch.cat([ops.attention(*(x[None] for x in piece))[0] for piece in pieces])
+
+
+def padded(lengths: tuple[int, ...], inputs: Inputs) -> Inputs:
+    """(B, T, H, C), with the ends of the clips where they differ."""
+    found = {
+        name: torch.nn.utils.rnn.pad_sequence(inputs[name].split(lengths), batch_first=True)
+        for name in "qkv"
+    }
+    if len(set(lengths)) > 1:
+        found["key_end"] = inputs["cu_seqlens"].diff()
+    return found
 
 
 def decoding(quick: bool, byte: int) -> Iterator[Case]:
@@ -480,7 +528,6 @@ def liger(op: str) -> dict[str, Function]:
     except ImportError:
         return {}
 
-    # Liger writes gradients into the tensors it is given, so it gets copies where that matters.
     def loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         found = fused_linear_cross_entropy.LigerFusedLinearCrossEntropyFunction.apply(
             x, weight, labels

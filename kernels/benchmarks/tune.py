@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import bench
+
 from qwen2audio_kernels import _launch
 
 TABLE = Path(_launch.__file__).parent / "tuned.json"

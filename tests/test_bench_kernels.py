@@ -1,0 +1,241 @@
+"""The kernels' benchmark: tests first, arms in turn, a table from files, nothing of a CPU kept."""
+
+import csv
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import interpreter  # noqa: F401 - before the kernels are defined
+import pytest
+import torch
+
+import qwen2audio_kernels as kernels
+from qwen2audio_kernels import _launch
+
+FOLDER = Path(__file__).resolve().parents[1] / "kernels" / "benchmarks"
+README = FOLDER.parent / "README.md"
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield importlib.import_module("bench")
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture(scope="module")
+def shapes(bench: ModuleType) -> ModuleType:
+    return importlib.import_module("shapes")
+
+
+@pytest.fixture(scope="module")
+def tune(bench: ModuleType) -> ModuleType:
+    return importlib.import_module("tune")
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("runs in Triton's interpreter, and here is a GPU")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def test_every_op_has_its_shapes(shapes: ModuleType) -> None:
+    for quick in (True, False):
+        assert {case.op for case in shapes.cases(quick)} == set(kernels.OPS)
+    names = [(case.op, case.shape) for case in shapes.cases(False)]
+    assert len(names) == len(set(names)), "two cases of one op share a name"
+
+
+def test_the_work_of_known_shapes(shapes: ModuleType) -> None:
+    work = {(case.op, case.shape): case.work for case in shapes.cases(False)}
+    assert work["rms_norm", "800 x 4096"] == 2 * 800 * 4096 * 2
+    encoder = work["attention", "encoder: 1 x 1500 queries, 1500 keys, 20 heads of 64"]
+    assert encoder == 4 * 1500 * 1500 * 1280
+    # A prefix: 64 queries see 801 to 864 keys.
+    prefix = work["attention", "decoder: 1 x 64 queries, 864 keys, 32 heads of 128, causal"]
+    assert prefix == 4 * 4096 * sum(range(801, 865))
+    assert work["decode_attention", "1 x 1024 keys, 32 heads of 128"] * 32 == 536_870_912
+    assert work["linear", "1 x 4096 to 156032, lm_head"] == 156032 * 4096 * 2
+
+
+def test_every_case_goes_through(bench: ModuleType, shapes: ModuleType, on_cpu: None) -> None:
+    for case in shapes.cases(True):
+        bench.verify(case, "cpu", torch.bfloat16)
+        for direction in ("forward", "both") if case.gradients else ("forward",):
+            found = bench.race(case, direction, "cpu", torch.bfloat16, 2)
+            assert found["times"].keys() == {"kernel", *case.peers}
+            ceilings = {"read": 1.0, "copy": 1.0, "matmul": 1.0}
+            row = bench.row_of(case, direction, found, {"gpu": "x"}, ceilings)
+            assert row["dtype"] == ("float32" if case.op == "log_mel" else "bfloat16")
+            assert tuple(row) == bench.COLUMNS and float(row["torch_x"]) > 0
+
+
+def test_a_wrong_kernel_is_refused_at_its_shape(
+    bench: ModuleType, shapes: ModuleType, on_cpu: None
+) -> None:
+    from dataclasses import replace
+
+    right = next(case for case in shapes.cases(True) if case.op == "gelu")
+    wrong = replace(right, kernel=lambda x: kernels.gelu(x) * 1.01)
+    with pytest.raises(AssertionError, match="largest error"):
+        bench.verify(wrong, "cpu", torch.float32)
+
+
+def test_the_command(
+    bench: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    on_cpu: None,
+) -> None:
+    """Tests, ceilings, two directions; and neither a CSV nor a table of what a CPU did."""
+    before, tuned = README.read_bytes(), (FOLDER.parent / "qwen2audio_kernels" / "tuned.json")
+    words = ["--device", "cpu", "--quick", "--ops", "gelu", "--results", str(tmp_path), "--tune"]
+    table = tuned.read_bytes()
+    assert bench.main(words) == 0
+    said = capsys.readouterr().out
+    order = ("testing gelu", "tuning gelu on", "gelu, 2 x 192, forward", "gelu, 2 x 192, both")
+    assert [said.index(line) for line in order] == sorted(said.index(line) for line in order)
+    assert "2 cases went through; no speed is kept" in said
+    assert " ms " not in said and "GB/s" not in said
+    assert not list(tmp_path.iterdir())
+    assert README.read_bytes() == before and tuned.read_bytes() == table
+
+
+def test_red_tests_mean_no_speed(
+    bench: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    on_cpu: None,
+) -> None:
+    broken = {"gelu": False, "swiglu": True}
+    monkeypatch.setattr(bench, "tests_pass", lambda files, device: broken)
+    assert bench.main(["--device", "cpu", "--quick", "--ops", "gelu,bias_gelu,swiglu"]) == 1
+    said = capsys.readouterr().out
+    assert "REFUSED gelu" in said and "REFUSED bias_gelu" in said
+    assert "gelu, 2 x 192" not in said and "swiglu, 2 x 192, both" in said
+
+
+def test_tests_pass_reads_the_exit_code(bench: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    assert bench.tests_pass({"there_is_none"}, "cpu") == {"there_is_none": False}
+
+
+def test_arms_alternate(bench: ModuleType) -> None:
+    order: list[str] = []
+
+    class Fake:
+        def __init__(self, name: str):
+            self.name = name
+
+        def sample(self, device: str) -> float:
+            order.append(self.name)
+            return len(order)
+
+    times = bench.alternate({name: Fake(name) for name in "abc"}, "cpu", 2)
+    assert order == list("abccba") and times == {"a": [1, 6], "b": [2, 5], "c": [3, 4]}
+
+
+def test_results_and_table(bench: ModuleType, tmp_path: Path) -> None:
+    def row(op: str, ms: str) -> dict[str, str]:
+        given = {"gpu": "Some GPU", "op": op, "shape": "1 x 2", "ms": ms, "torch_x": "2.00"}
+        return {name: given.get(name, "") for name in bench.COLUMNS}
+
+    folder, readme = tmp_path / "results", tmp_path / "README.md"
+    readme.write_text(f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n")
+    assert "No GPU has measured" in bench.table(folder)
+    bench.keep([row("rope", "1"), row("gelu", "2")], folder, {"rope", "gelu"})
+    path = bench.keep([row("rope", "3")], folder, {"rope"})
+    kept = {r["op"]: r["ms"] for r in csv.DictReader(path.open(newline=""))}
+    assert path.name == "some_gpu.csv" and kept == {"rope": "3", "gelu": "2"}
+    bench.write_table(readme, folder)
+    text = readme.read_text()
+    assert text.startswith(f"before\n{bench.BEGIN}\n") and text.endswith(f"{bench.END}\nafter\n")
+    assert "old" not in text and "| rope | 1 x 2 |" in text and "**Some GPU**" in text
+    bench.write_table(readme, folder)
+    assert readme.read_text() == text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_the_readme_is_current(bench: ModuleType) -> None:
+    text = README.read_text(encoding="utf-8")
+    section = text.split(bench.BEGIN + "\n")[1].split(bench.END)[0]
+    assert section == bench.table(bench.RESULTS)
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (README.parent / target).exists(), target
+    roofline = text.split("## What each op costs")[1].split("## Measured")[0]
+    assert set(re.findall(r"`(\w+)`", roofline)) >= set(kernels.OPS)
+
+
+def test_the_search_names_kernels_that_exist(tune: ModuleType, shapes: ModuleType) -> None:
+    timed = {key for case in shapes.cases(False) for key, _ in case.tunes}
+    assert (
+        timed == set(tune.SEARCH) == {key for case in shapes.cases(True) for key, _ in case.tunes}
+    )
+    for key, search in tune.SEARCH.items():
+        assert set(search) <= set(_launch.settings(key, "default")), key
+
+
+def test_a_better_setting_is_found_and_a_wrong_one_rejected(
+    tune: ModuleType, bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    speed = {1024: 5.0, 2048: 3.0, 4096: 1.0}  # 4096 is the fastest, and wrong
+    entry = _launch._table()["gelu"]
+    before = json.dumps(_launch._table())
+
+    def timed(key: str, arch: str, difference: dict, *rest: object) -> float:
+        block = {**entry["default"], **difference}["BLOCK"]
+        assert block != 4096, "wrong"
+        return speed.get(block, 9.0)
+
+    monkeypatch.setattr(tune, "timed", timed)
+    case = type("Case", (), {"tunes": (("gelu", "forward"),), "shape": ""})
+    monkeypatch.setattr(_launch, "arch", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "TABLE", tmp_path / "tuned.json")
+    place = tune.place
+    monkeypatch.setattr(tune, "candidates", lambda name, few: [{"BLOCK": b} for b in speed])
+    try:
+        assert tune.tune([case], "cpu", torch.bfloat16, 1, write=True) == {"gelu": {"BLOCK": 2048}}
+        assert json.loads((tmp_path / "tuned.json").read_text())["gelu"]["sm_90"] == {"BLOCK": 2048}
+        assert _launch.settings("gelu", "sm_90")["BLOCK"] == 2048
+    finally:
+        place("gelu", "sm_90", None)
+    assert json.dumps(_launch._table()) == before
+
+
+def test_the_table_is_saved_as_it_is_kept(tune: ModuleType, tmp_path: Path) -> None:
+    tune.save(tmp_path / "tuned.json")
+    assert (tmp_path / "tuned.json").read_bytes() == tune.TABLE.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ops", "softmax", "--device", "cpu", "--quick"], "no op 'softmax'"),
+        (["--device", "cpu"], "--device cpu goes with --quick"),
+    ],
+)
+def test_wrong_words(
+    bench: ModuleType, words: list[str], message: str, capsys: pytest.CaptureFixture, on_cpu: None
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        bench.main(words)
+    assert message in f"{end.value} {capsys.readouterr().err}"
+
+
+@pytest.mark.gpu
+def test_on_the_gpu(bench: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"{bench.BEGIN}\n{bench.END}\n")
+    words = ["--ops", "gelu,rms_norm,linear", "--samples", "2", "--results", str(tmp_path)]
+    assert bench.main([*words, "--readme", str(tmp_path / "README.md")]) == 0
+    (path,) = tmp_path.glob("*.csv")
+    rows = list(csv.DictReader(path.open(newline="")))
+    timed = [row for row in rows if not row["op"].startswith("ceiling")]
+    assert {row["timed"] for row in timed} == {"graph"}
+    assert all(float(row["ms"]) > 0 for row in timed)

@@ -1,0 +1,879 @@
+"""The engine against its oracle generate.py, and what it promises to many callers at once."""
+
+import random
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import _compare
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from qwen2audio_core import chat, ops, quantize
+from qwen2audio_core.assistant import load, user_turn
+from qwen2audio_core.engine import Engine
+from qwen2audio_core.errors import InputError, PromptError
+from qwen2audio_core.generate import Generation, generate
+from qwen2audio_core.packing import pack
+from qwen2audio_core.prefix_cache import Beginning, PrefixCache, digest, runs
+from qwen2audio_core.sampling import Settings
+from qwen2audio_core.slots import Job, SlotCache, Slots, quantise, record_graph
+
+GREEDY = Settings(max_new_tokens=12, eos_token_ids=(), repetition_penalty=1.2)
+DRAWN = Settings(
+    max_new_tokens=12, eos_token_ids=(), do_sample=True, temperature=2.0, top_k=50, top_p=0.9
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads wait for each other longer than the tiny model computes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def assistant(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield load("tiny", device="cpu")
+    patch.undo()
+
+
+def fresh(dtype=torch.float32):
+    """A model of its own, to be packed, quantised or broken."""
+    return load("tiny", device="cpu", dtype=dtype).model
+
+
+def noise(seed, seconds):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(int(16000 * seconds), generator=generator) * 0.1, 16000
+
+
+def mixed(assistant, count):
+    """Conversations with none to three clips of 0.1 to 2 s, texts and turns of all lengths."""
+    draw = random.Random(0)
+    prompts = []
+    for i in range(count):
+        clips = [noise(100 * i + j, draw.uniform(0.1, 2.0)) for j in range(draw.randrange(4))]
+        messages = [user_turn("what " * draw.randrange(1, 30), clips)]
+        if i % 5 == 4:
+            messages += [{"role": "assistant", "content": "ok"}, user_turn("and then?")]
+        prompts.append(assistant.encode(messages))
+    return prompts
+
+
+KNOWN = {}
+
+
+def alone(model, prompt, settings, seed=None):
+    """generate.py's answer to one prompt, worked out once."""
+    clips = tuple(digest(clip) for clip in prompt.clips)
+    key = id(model), tuple(prompt.ids), clips, settings, seed
+    if key not in KNOWN:
+        batch = chat.collate([prompt], settings.pad_token_id)
+        KNOWN[key] = generate(model, batch, settings, seed=seed)[0]
+    return KNOWN[key]
+
+
+def run_to_end(slots, jobs, joins=None):
+    """Answer jobs, all from the first step on, or each joining at its step; logits of each."""
+    joins = joins or [0] * len(jobs)
+    waiting = sorted(range(len(jobs)), key=lambda i: joins[i])
+    active, logits, ids = [], {i: [] for i in waiting}, {i: [] for i in waiting}
+    step = 0
+
+    def take(row, news):
+        ids[active[row]].append(news[0])
+
+    while waiting or active:
+        while waiting and joins[waiting[0]] <= step and len(active) < slots.count:
+            i = waiting.pop(0)
+            job = jobs[i]
+            job.row = len(active)
+            active.append(i)
+            (news,) = slots.prefill([job])
+            logits[i].append(slots.logits[0].clone())
+            take(job.row, news)
+        if active:
+            slots.seen_logits = {}
+            news = slots.step(len(active))
+            for row, one in enumerate(news):
+                logits[active[row]].append(slots.seen_logits[row])
+                take(row, one)
+            for row in reversed(range(len(active))):
+                if news[row][1]:
+                    if row != len(active) - 1:
+                        slots.move(len(active) - 1, row)
+                        active[row] = active[-1]
+                    active.pop()
+                    slots.clear(len(active))
+        step += 1
+    return [(ids[i], torch.stack(logits[i])) for i in range(len(jobs))]
+
+
+class Watched(Slots):
+    """Slots that keep the logits of each row."""
+
+    seen_logits: dict
+
+    def _append(self, logits, rows):
+        if hasattr(self, "seen_logits"):
+            for i, row in enumerate(range(rows.start, rows.stop)):
+                self.seen_logits[row] = logits[i].clone()
+        super()._append(logits, rows)
+
+
+def job_of(prompt, settings=GREEDY, seed=0):
+    return Job(0, prompt.ids, prompt.clips, settings, settings.max_new_tokens, seed)
+
+
+# --- the oracle -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_batch": 1, "packed": False},
+        {"max_batch": 6, "packed": True},
+        {"max_batch": 6, "packed": True, "prefix_bytes": 0},  # prompts are read several at a time
+    ],
+)
+def test_the_same_tokens_as_generate(assistant, options):
+    prompts = mixed(assistant, 20)
+    expected = [alone(assistant.model, prompt, GREEDY) for prompt in prompts]
+    assert len({tuple(answer.ids) for answer in expected}) > 10
+    with Engine(fresh(), max_tokens=1024, worker=False, **options) as engine:
+        answers = engine.generate(prompts, GREEDY)
+    for prompt, ours, theirs in zip(prompts, answers, expected, strict=True):
+        assert (ours.ids, ours.finish_reason) == (theirs.ids, theirs.finish_reason), len(prompt.ids)
+
+
+def test_sampled_tokens_are_those_of_generate_and_of_no_neighbour(assistant):
+    prompts = mixed(assistant, 6)
+    expected = [
+        alone(assistant.model, prompt, DRAWN, seed=i).ids for i, prompt in enumerate(prompts)
+    ]
+    assert alone(assistant.model, prompts[0], DRAWN, seed=99).ids != expected[0]
+    with Engine(assistant.model, max_batch=4, max_tokens=1024, worker=False) as engine:
+        requests = [engine.submit(prompt, DRAWN, seed=i) for i, prompt in enumerate(prompts)]
+        assert [request.result().ids for request in requests] == expected
+        assert [request.result().ids for request in requests] == expected  # and can be asked again
+
+
+def test_ends_budgets_and_least_lengths(assistant):
+    prompt = mixed(assistant, 1)[0]
+    free = alone(assistant.model, prompt, GREEDY).ids
+    end = free[4]
+    for settings in (
+        Settings(max_new_tokens=12, eos_token_ids=(end,)),
+        Settings(max_new_tokens=12, eos_token_ids=(end, free[2]), min_new_tokens=4),
+        Settings(max_new_tokens=1, eos_token_ids=()),
+    ):
+        expected = alone(assistant.model, prompt, settings)
+        with Engine(assistant.model, max_batch=2, max_tokens=512, worker=False) as engine:
+            request = engine.submit(prompt, settings)
+            assert request.result() == expected and request.finish_reason == expected.finish_reason
+            assert set(request.seconds) == {"wait", "prefill", "decode"}
+
+
+def test_logits_in_bfloat16_are_as_close_as_generates(assistant):
+    """Every step's logits on the same ids, by the three-way rule."""
+    prompts = mixed(assistant, 4)
+    rough = fresh(torch.bfloat16)
+    exact = fresh().double()
+    exact.load_state_dict(rough.state_dict())
+    with torch.inference_mode():
+        slots = Watched(rough, 4, 1024)
+        ours = run_to_end(slots, [job_of(prompt) for prompt in prompts])
+        for prompt, (ids, logits) in zip(prompts, ours, strict=True):
+            batch = chat.collate([prompt], GREEDY.pad_token_id)
+            run = Generation(rough, batch, GREEDY)
+            theirs = [run.logits[0]]
+            for token in ids[:-1]:
+                x = rough.language_model.model.embed_tokens(torch.tensor([[token]]))
+                theirs.append(rough.decode(x, cache=run.cache)[0, 0])
+            whole = torch.tensor([prompt.ids + ids[:-1]])
+            wide = exact(whole, batch.mel, batch.conv_frames)[0, len(prompt.ids) - 1 :]
+            _compare("logits", logits, torch.stack(theirs), wide, torch.bfloat16)
+
+
+def test_encoding_packed_clips_equals_the_padded_batch(assistant):
+    model = fresh()
+    pack(model)
+    clips = [noise(i, seconds)[0] for i, seconds in enumerate((0.4, 2.0, 0.03, 1.1))]
+    slots = Slots(model, 1, 16)
+    with torch.inference_mode():
+        rows = slots.encode(clips)
+        at = 0
+        for clip in clips:
+            prompt = chat.encode_raw("<|AUDIO|>", [(clip, 16000)], assistant.tokenizer)
+            batch = chat.collate([prompt], 0)
+            expected = model.encode_audio(batch.mel, batch.conv_frames)[0, : prompt.audio_tokens[0]]
+            torch.testing.assert_close(rows[at : at + len(expected)], expected)
+            at += len(expected)
+    assert at == len(rows)
+
+
+# --- the step as a recording ----------------------------------------------------------------------
+
+
+WAITING = (torch.ops.aten._local_scalar_dense, torch.ops.aten.item, torch.ops.aten.is_nonzero)
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph does, on a CPU: the operations with their tensors and numbers as they were.
+
+    Replaying runs them on the same memory. A number that Python worked out stays what it was, a
+    tensor made anew in place of a static one stays the old one, and asking for a value is an error.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __enter__(self):
+        self._tolist, Tensor.tolist = Tensor.tolist, self._waits
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        Tensor.tolist = self._tolist
+        return super().__exit__(*error)
+
+    @staticmethod
+    def _waits(tensor):
+        raise AssertionError("waits for the device")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in WAITING:
+            self._waits(args)
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, result))
+        return result
+
+    def replay(self):
+        for func, args, kwargs, result in self.calls:
+            again, old = tree_flatten(func(*args, **kwargs))[0], tree_flatten(result)[0]
+            for new, known in zip(again, old, strict=True):
+                if isinstance(known, Tensor) and new.data_ptr() != known.data_ptr():
+                    known.copy_(new)
+
+
+def record_tape(step):
+    step()
+    with Tape() as tape:
+        step()
+    assert len(tape.calls) > 50
+    return tape.replay
+
+
+def plain_linear(
+    x, weight, bias=None, scale=None, residual=None, swiglu=False, deterministic=False
+):
+    y = F.linear(x, weight, bias)
+    if swiglu:
+        y = ops.swiglu(*y.chunk(2, -1))
+    return y if residual is None else y + residual
+
+
+def plain_decode_attention(q, k, v, lengths, key_start=None, k_scale=None, v_scale=None):
+    if k_scale is not None:
+        k, v = (k * k_scale[..., None]).to(q.dtype), (v * v_scale[..., None]).to(q.dtype)
+    return ops.attention(q[:, None], k, v, key_end=lengths)[:, 0]
+
+
+def plain_sample(logits, uniform, temperature, top_k, top_p, penalty, seen):
+    s = logits.float()
+    s = torch.where(seen, torch.where(s < 0, s * penalty[:, None], s / penalty[:, None]), s)
+    likeliest = s.argmax(-1)
+    s = s / torch.where(temperature > 0, temperature, 1)[:, None]
+    ranked, order = s.sort(descending=True)
+    rank = torch.arange(s.shape[1])
+    ranked = ranked.masked_fill((rank >= top_k[:, None]) & (top_k[:, None] > 0), float("-inf"))
+    p = ranked.softmax(-1)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p[:, None], 0.0)
+    p = torch.zeros_like(p).scatter(1, order, p)
+    drawn = (p.cumsum(-1) <= uniform[:, None] * p.sum(-1, keepdim=True)).sum(-1)
+    return torch.where(temperature > 0, drawn.clamp(max=s.shape[1] - 1), likeliest)
+
+
+PLAIN = SimpleNamespace(
+    linear=plain_linear, decode_attention=plain_decode_attention, sample=plain_sample
+)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_recorded_step_replays_as_it_runs(assistant, int8):
+    """Joins, leaves and moves between replays; every buffer the recording used must be live."""
+    prompts = mixed(assistant, 7)
+    settings = [GREEDY, DRAWN, GREEDY, DRAWN, GREEDY, GREEDY, DRAWN]
+    joins = [0, 0, 1, 3, 3, 9, 15]
+    model = fresh()
+    pack(model)
+    found = []
+    with torch.inference_mode():
+        for record in (None, record_tape):
+            slots = Slots(model, 4, 1024, kernels=PLAIN, record=record, int8_cache=int8)
+            slots.step = watch(slots)
+            found.append(
+                run_to_end(slots, [job_of(*p) for p in zip(prompts, settings, strict=True)], joins)
+            )
+    for (ids, _), (again, _) in zip(*found, strict=True):
+        assert ids == again
+        assert len(ids) == 12
+    assert len(slots._recorded) >= 4  # numbers of rows, and lengths
+    if not int8:
+        for prompt, one, (ids, _) in zip(prompts, settings, found[0], strict=True):
+            if not one.do_sample:
+                assert ids == alone(assistant.model, prompt, one).ids
+
+
+def watch(slots):
+    """step, which also shows each row's logits; a recording's logits stand in its own buffer."""
+    step = slots.step
+
+    def watched(count):
+        news = step(count)
+        slots.seen_logits = {
+            row: slots.logits[min(row, len(slots.logits) - 1)] for row in range(count)
+        }
+        return news
+
+    return watched
+
+
+def test_recording_changes_nothing(assistant):
+    model = fresh()
+    slots = Slots(model, 4, 1024, kernels=PLAIN, record=record_tape)
+    prompts = mixed(assistant, 3)
+    with torch.inference_mode():
+        for row, prompt in enumerate(prompts):
+            job = job_of(prompt, DRAWN)
+            job.row = row
+            slots.prefill([job])
+        state = {k: v.clone() for k, v in vars(slots).items() if isinstance(v, Tensor)}
+        seen = slots.sampler.seen.clone()
+        ended = slots.ended.clone()
+        slots.ended.fill_(True)
+        record_tape(lambda: slots._step(slice(0, 4), 512, False))
+        slots.ended.copy_(ended)
+    for name in ("ids", "lengths", "written", "budget", "ends", "ended"):
+        assert torch.equal(getattr(slots, name), state[name]), name
+    assert torch.equal(slots.sampler.seen[:3], seen[:3])
+
+
+def test_the_tape_finds_what_a_graph_would_break():
+    x = torch.zeros(3)
+
+    for waits in (lambda: x.sum().item(), lambda: x.tolist(), lambda: bool(x.any())):
+        for mode in (True, False):
+            with torch.inference_mode(mode), pytest.raises(AssertionError, match="waits"), Tape():
+                waits()
+    state = SimpleNamespace(x=torch.zeros(3), y=torch.zeros(3))
+
+    def stale():
+        state.y.copy_(state.x + 1)
+
+    with Tape() as tape:
+        stale()
+    state.x = torch.ones(3)  # not the tensor that was recorded
+    tape.replay()
+    assert state.y.tolist() == [1, 1, 1]
+    state.y.zero_()
+    tape.replay()
+    assert state.y.tolist() == [1, 1, 1]
+
+
+def test_the_fused_step_on_triton(assistant):
+    """The whole path of a GPU but the graph, its kernels in the interpreter."""
+    pytest.importorskip("triton")
+    model = fresh()
+    prompts = [
+        assistant.encode_raw("<|AUDIO|>say", [noise(1, 0.3)]),
+        assistant.encode_raw("one two", []),
+    ]
+    short = Settings(max_new_tokens=3, eos_token_ids=(), repetition_penalty=1.2)
+    with Engine(
+        model, max_batch=2, max_tokens=128, backend="triton", packed=True, worker=False
+    ) as engine:
+        answers = engine.generate(prompts, short)
+        few = replace(DRAWN, max_new_tokens=2)
+        drawn = [engine.submit(prompts[1], few, seed=1).result().ids for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.ids == alone(assistant.model, prompt, short).ids
+    assert model.language_model.model.norm.rms_norm_op is ops.rms_norm  # given back
+
+
+# --- batch invariance -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deterministic_is_bit_for_bit_the_same_in_any_company(assistant, dtype):
+    prompts = mixed(assistant, 5)
+    model = fresh(dtype)
+    draw = random.Random(1)
+    with torch.inference_mode():
+
+        def answered(order, joins, count):
+            slots = Watched(model, count, 1024, deterministic=True)
+            jobs = [
+                job_of(prompts[i], Settings(max_new_tokens=4 + i, eos_token_ids=())) for i in order
+            ]
+            return dict(zip(order, run_to_end(slots, jobs, joins), strict=True))
+
+        reference = {i: answered([i], None, 1)[i] for i in range(len(prompts))}
+        for _ in range(6):
+            order = draw.sample(range(len(prompts)), draw.randrange(2, 6))
+            joins = [draw.randrange(6) for _ in order]
+            for i, (ids, logits) in answered(order, joins, draw.randrange(2, 5)).items():
+                assert ids == reference[i][0]
+                assert torch.equal(logits, reference[i][1]), (i, order, joins)
+
+
+def test_without_it_the_bits_depend_on_the_company(assistant):
+    """So that the test above is known to see the difference."""
+    prompts = mixed(assistant, 5)
+    model = fresh(torch.float32)
+    with torch.inference_mode():
+        one = run_to_end(Watched(model, 1, 1024), [job_of(prompts[0])])[0][1]
+        jobs = [job_of(prompt) for prompt in prompts]
+        many = run_to_end(Watched(model, 5, 1024), jobs)[0][1]
+    torch.testing.assert_close(one, many, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(one, many)
+
+
+# --- the prefix cache -----------------------------------------------------------------------------
+
+
+def counted(engine, monkeypatch):
+    """How many clips were encoded, and positions read, from here on."""
+    counts = {"clips": 0, "ids": 0}
+    encode, prefill = engine.slots.encode, engine.slots.prefill
+
+    def count_clips(clips):
+        counts["clips"] += len(clips)
+        return encode(clips)
+
+    def count_ids(jobs):
+        counts["ids"] += sum(len(job.ids) - job.start for job in jobs)
+        return prefill(jobs)
+
+    monkeypatch.setattr(engine.slots, "encode", count_clips)
+    monkeypatch.setattr(engine.slots, "prefill", count_ids)
+    return counts
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_second_question_reads_the_clip_no_more(assistant, monkeypatch, int8):
+    clip = noise(1, 2.0)
+    first = assistant.encode([user_turn("What is said?", clip)])
+    second = assistant.encode([user_turn("Who speaks?", clip)])
+    other = assistant.encode([user_turn("Who speaks?", noise(2, 2.0))])
+    options = {"max_batch": 2, "max_tokens": 512, "worker": False, "int8_cache": int8}
+    with Engine(assistant.model, prefix_bytes=0, **options) as engine:
+        expected = [answer.ids for answer in engine.generate([first, second, other], GREEDY)]
+        assert len(engine.prefixes) == 0
+    with Engine(assistant.model, **options) as engine:
+        counts = counted(engine, monkeypatch)
+        assert engine.generate([first], GREEDY)[0].ids == expected[0]
+        assert counts == {"clips": 1, "ids": len(first.ids)}
+        request = engine.submit(second, GREEDY)
+        assert request.result().ids == expected[1]
+        assert request.reused >= 50 and counts["clips"] == 1
+        assert counts["ids"] == len(first.ids) + len(second.ids) - request.reused
+        third = engine.submit(other, GREEDY)
+        assert third.result().ids == expected[2]
+        assert counts["clips"] == 2
+        assert third.reused in (0, other.ids.index(assistant.model.config.audio_token_id))
+
+
+def test_the_next_turn_reads_only_what_is_new(assistant, monkeypatch):
+    messages = [user_turn("What is it?", [noise(1, 1.0), noise(2, 0.5)])]
+    settings = Settings(max_new_tokens=10, eos_token_ids=())
+    with Engine(assistant.model, max_batch=2, max_tokens=1024, worker=False) as engine:
+        counts = counted(engine, monkeypatch)
+        prompt = assistant.encode(messages)
+        answer = engine.generate([prompt], settings)[0]
+        # The next prompt as ids, for a random model's answer is not always text that reads back.
+        tail = assistant.tokenizer.encode("more?")
+        again = chat.Prompt(prompt.ids + answer.ids + tail, prompt.clips, prompt.audio_tokens, [])
+        request = engine.submit(again, settings)
+        ids = request.result().ids
+        assert request.reused == len(prompt.ids) + len(answer.ids) - 1  # its last id was never read
+        assert counts["clips"] == 2
+        assert counts["ids"] == len(prompt.ids) + 1 + len(tail)
+    assert ids == alone(assistant.model, again, settings).ids
+
+
+def test_simultaneous_questions_about_one_clip_encode_it_once(assistant, monkeypatch):
+    clip = noise(5, 1.5)
+    prompts = [assistant.encode([user_turn(text, clip)]) for text in ("One?", "Two?", "Three?")]
+    with Engine(assistant.model, max_batch=4, max_tokens=512, worker=False) as engine:
+        counts = counted(engine, monkeypatch)
+        answers = engine.generate(prompts, GREEDY)
+        assert counts["clips"] == 1
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.ids == alone(assistant.model, prompt, GREEDY).ids
+
+
+def test_a_prefix_may_end_inside_a_clip(assistant):
+    prompt = assistant.encode_raw("x" * 40 + "<|audio_bos|><|AUDIO|><|audio_eos|>", [noise(3, 2.0)])
+    prompt = chat.Prompt(prompt.ids[:-1], prompt.clips, prompt.audio_tokens, [])  # ends with sound
+    with Engine(assistant.model, max_batch=1, max_tokens=512, worker=False) as engine:
+        one = engine.submit(prompt, GREEDY)
+        two = (one.result(), engine.submit(prompt, GREEDY))[1]
+        assert two.result().ids == one.ids == alone(assistant.model, prompt, GREEDY).ids
+        assert (one.reused, two.reused) == (0, len(prompt.ids) - 1)
+
+
+def test_prefix_cache_holds_no_more_than_its_bytes():
+    cache = PrefixCache(limit=4000)
+
+    def kept(first, length=100):
+        return Beginning([first] * length, [], [torch.zeros(1, length, 3)])
+
+    for first in range(5):
+        cache.add(kept(first))
+        assert cache.bytes <= 4000 and cache.bytes == sum(entry.bytes for entry in cache._entries)
+    assert len(cache) == 3
+    wanted = Beginning([2] * 150, [])
+    assert cache.find(wanted)[1] == 100  # and is the one used last now
+    cache.add(kept(7))
+    assert cache.find(wanted)[1] == 100 and cache.find(Beginning([3] * 150, []))[0] is None
+    cache.add(kept(8, 1000))
+    assert len(cache) == 3  # larger than all of it: not kept, and nothing lost
+    cache.add(kept(2, 120))
+    assert cache.find(wanted)[1] == 120 and cache.holds(Beginning([2] * 110, []))
+    assert not cache.holds(Beginning([2] * 121, []))
+    assert cache.find(Beginning([2] * 20, [])) == (None, 0)
+
+
+def test_clips_are_known_by_their_samples():
+    ids = [1] * 40 + [9] * 10 + [2] * 40
+    mine = Beginning(ids, [(40, b"a")])
+    assert mine.shared(Beginning(ids, [(40, b"a")])) == 90
+    assert mine.shared(Beginning(ids, [(40, b"b")])) == 40
+    assert mine.shared(Beginning(ids[:30], [])) == 30
+    assert runs(ids, 9) == [(40, 10)]
+    assert runs([9, 9, 1, 9], 9) == [(0, 2), (3, 1)]
+
+
+# --- many callers ---------------------------------------------------------------------------------
+
+
+def engine_of(assistant, **options):
+    options = {"max_batch": 2, "max_tokens": 512, "worker": False} | options
+    return Engine(assistant.model, **options)
+
+
+def test_first_come_first_served(assistant):
+    prompts = mixed(assistant, 5)
+    order = []
+    with engine_of(assistant) as engine:
+        for i, prompt in enumerate(prompts):
+            first = {i}
+
+            def watch(token, i=i, first=first):
+                if first:
+                    order.append(first.pop())
+
+            engine.submit(prompt, GREEDY, on_token=watch)
+        while engine.advance():
+            assert len(engine._active) <= 2
+    assert order == [0, 1, 2, 3, 4]
+
+
+def test_a_request_joins_while_others_are_written(assistant):
+    prompts = mixed(assistant, 2)
+    with engine_of(assistant) as engine:
+        one = engine.submit(prompts[0], GREEDY)
+        for _ in range(4):
+            engine.advance()
+        two = engine.submit(prompts[1], GREEDY)
+        engine.advance()
+        assert len(one.ids) == 6 and len(two.ids) == 2
+        for request, prompt in ((one, prompts[0]), (two, prompts[1])):
+            assert request.result().ids == alone(assistant.model, prompt, GREEDY).ids
+
+
+def test_prefill_is_bounded_while_others_wait(assistant):
+    prompts = mixed(assistant, 4)
+    tokens = []
+    with engine_of(assistant, max_batch=4, prefill_tokens=1) as engine:
+        prefill = engine.slots.prefill
+        engine.slots.prefill = lambda jobs: tokens.append(len(jobs)) or prefill(jobs)
+        engine.generate(prompts, GREEDY)
+    assert tokens == [1, 1, 1, 1]
+
+
+def test_cancelling_frees_the_slot_at_once(assistant):
+    prompts = mixed(assistant, 3)
+    with engine_of(assistant, max_batch=1) as engine:
+        one, two, three = (engine.submit(prompt, GREEDY) for prompt in prompts)
+        engine.advance()
+        two.cancel()
+        assert two.finish_reason == "cancelled" and not two.ids  # it never left the queue
+        one.cancel()
+        engine.advance()
+        assert one.finish_reason == "cancelled" and len(one.ids) == 2
+        assert len(three.ids) == 2  # in the slot by the very next step
+        assert three.result().ids == alone(assistant.model, prompts[2], GREEDY).ids
+        one.cancel()
+        assert one.result().finish_reason == "cancelled"
+
+
+def test_the_caller_ends_an_answer(assistant):
+    prompts = mixed(assistant, 2)
+    with engine_of(assistant) as engine:
+        seen = []
+        one = engine.submit(prompts[0], GREEDY, on_token=lambda t: seen.append(t) or len(seen) == 3)
+        two = engine.submit(prompts[1], GREEDY)
+        got = []
+        for token in two:
+            got.append(token)
+            if len(got) == 5:
+                two.finish()
+        assert one.ids == seen and len(seen) == 3 and one.finish_reason == "stop"
+        assert len(got) == 5 and two.finish_reason == "stop"
+
+
+def test_an_error_in_one_request_is_its_own(assistant, monkeypatch):
+    prompts = mixed(assistant, 4)
+    expected = [alone(assistant.model, prompt, GREEDY).ids for prompt in prompts]
+    with engine_of(assistant, max_batch=4, prefix_bytes=0) as engine:
+
+        def breaks(token):
+            raise KeyError("the caller's own")
+
+        bad = engine.submit(prompts[0], GREEDY, on_token=breaks)
+        good = [engine.submit(prompt, GREEDY) for prompt in prompts[1:]]
+        assert [request.result().ids for request in good] == expected[1:]
+        with pytest.raises(KeyError, match="own"):
+            bad.result()
+        assert bad.finish_reason == "error" and bad.ids == expected[0][:1]
+
+        # One of a group cannot be read: the others are, all the same.
+        prefill = engine.slots.prefill
+
+        def fails(jobs):
+            if any(job.ids is prompts[2].ids for job in jobs):
+                raise RuntimeError("out of memory")
+            return prefill(jobs)
+
+        monkeypatch.setattr(engine.slots, "prefill", fails)
+        requests = [engine.submit(prompt, GREEDY) for prompt in prompts]
+        for i, request in enumerate(requests):
+            if i == 2:
+                with pytest.raises(RuntimeError, match="out of memory"):
+                    list(request)
+            else:
+                assert request.result().ids == expected[i]
+
+
+def test_logits_that_are_not_finite_end_one_row(assistant, monkeypatch):
+    prompts = mixed(assistant, 3)
+    with engine_of(assistant, max_batch=3, prefix_bytes=0) as engine:
+        requests = [engine.submit(prompt, DRAWN, seed=i) for i, prompt in enumerate(prompts)]
+        engine.advance()
+        head = engine.slots.head
+
+        def spoil(x):
+            logits = head(x)
+            logits[1] = float("nan")
+            return logits
+
+        engine.slots.head = spoil
+        engine.advance()
+        engine.slots.head = head
+        for i in (0, 2):
+            expected = alone(assistant.model, prompts[i], DRAWN, seed=i).ids
+            assert requests[i].result().ids == expected
+        with pytest.raises((RuntimeError, IndexError)):  # whatever choose makes of it
+            requests[1].result()
+        # Whatever the row held, the next conversation there is as in any other.
+        assert (
+            engine.generate(prompts[:1], GREEDY)[0].ids
+            == alone(assistant.model, prompts[0], GREEDY).ids
+        )
+
+
+def test_what_can_never_fit_is_refused(assistant):
+    prompt = mixed(assistant, 1)[0]
+    audio = assistant.model.config.audio_token_id
+    length = len(prompt.ids)
+    with engine_of(assistant, max_tokens=length + 9) as engine:
+        engine.submit(prompt, Settings(max_new_tokens=10))
+        with pytest.raises(InputError, match=rf"prompt of {length} tokens .* up to 11 exceed"):
+            engine.submit(prompt, Settings(max_new_tokens=11))
+        with pytest.raises(InputError, match="17 end tokens"):
+            engine.submit(prompt, Settings(max_new_tokens=1, eos_token_ids=tuple(range(17))))
+        broken = {
+            "is empty": [],
+            "outside the vocabulary": [1, 10**6],
+            "0 clips were given, the prompt has places for 1": [1, audio],
+        }
+        for message, ids in broken.items():
+            with pytest.raises(PromptError, match=message):
+                engine.submit(chat.Prompt(ids, [], [], []), GREEDY)
+        with pytest.raises(PromptError, match="clip 1 needs 25 audio tokens, the prompt holds 24"):
+            engine.submit(chat.Prompt([audio] * 24, [noise(0, 1.0)[0]], [25], []), GREEDY)
+    for options in ({"max_batch": 0}, {"max_tokens": 0}, {"backend": "cuda"}):
+        with pytest.raises(InputError):
+            engine_of(assistant, **options)
+
+
+def test_callers_in_threads_of_their_own(assistant):
+    prompts = mixed(assistant, 8)
+    expected = [alone(assistant.model, prompt, GREEDY).ids for prompt in prompts]
+    found = [None] * len(prompts)
+    with engine_of(assistant, max_batch=3, worker=True) as engine:
+
+        def ask(i):
+            found[i] = list(engine.submit(prompts[i], GREEDY))
+
+        callers = [threading.Thread(target=ask, args=(i,)) for i in range(len(prompts))]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join(60)
+    assert found == expected
+
+
+def test_closing_leaves_nobody_waiting(assistant):
+    prompts = mixed(assistant, 3)
+    long = Settings(max_new_tokens=300, eos_token_ids=())
+    engine = engine_of(assistant, max_batch=1, max_tokens=1024, worker=True)
+    requests = [engine.submit(prompt, long) for prompt in prompts]
+    next(iter(requests[0]))
+    with pytest.raises(TimeoutError):
+        requests[2].result(timeout=0.01)
+    engine.close()
+    assert {request.result(10).finish_reason for request in requests} == {"cancelled"}
+    assert not engine._thread.is_alive()
+    with pytest.raises(InputError, match="closed"):
+        engine.submit(prompts[0], long)
+    engine.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_the_engine_reaches_every_caller(assistant, monkeypatch):
+    prompts = mixed(assistant, 2)
+    engine = engine_of(assistant, max_batch=1, worker=True)
+
+    def broken():
+        raise AssertionError("a mistake")
+
+    monkeypatch.setattr(engine, "_next_group", broken)
+    request = engine.submit(prompts[0], GREEDY)
+    with pytest.raises(AssertionError, match="a mistake"):
+        request.result(10)
+    with pytest.raises(InputError, match="closed"):
+        engine.submit(prompts[1], GREEDY)
+    engine.close()
+
+
+# --- memory and numbers ---------------------------------------------------------------------------
+
+
+def test_int8_codes_are_within_half_a_step():
+    x = torch.randn(5, 7, 64) * torch.logspace(-6, 3, 7)[:, None]
+    x[0] = 0
+    codes, scale = quantise(x)
+    assert codes.dtype == torch.int8 and scale.shape == (5, 7)
+    back = codes * scale[..., None]
+    assert ((back - x).abs() <= 0.5001 * scale[..., None]).all()
+    assert (scale * 127 - x.abs().amax(-1)).abs().max() <= 1e-4 * scale.max()
+
+
+def test_int8_cache_is_half_the_memory_and_close(assistant):
+    """Its relative error of the logits stays in the order of bfloat16's own rounding, 2^-8."""
+    text = assistant.model.config.text
+    full, half = (
+        SlotCache(text, 2, 64, torch.device("cpu"), torch.bfloat16, int8) for int8 in (False, True)
+    )
+    bytes_full, bytes_half = (sum(t.nbytes for t in cache.tensors) for cache in (full, half))
+    assert bytes_half == bytes_full * (text.head_dim + 4) / (2 * text.head_dim)
+    prompts = mixed(assistant, 4)
+    with torch.inference_mode():
+        for prompt in prompts:
+            logits = []
+            for int8 in (False, True):
+                slots = Watched(assistant.model, 1, 1024, int8_cache=int8)
+                slots.prefill([job_of(prompt)])
+                logits.append(slots.logits)
+            error = (logits[1] - logits[0]).norm() / logits[0].norm()
+            assert 0 < error < 2**-6
+
+
+def test_a_quantised_model_answers_as_it_does_without_the_engine():
+    assistant = load("tiny", device="cpu")
+    quantize.quantize(assistant.model, 8)
+    prompts = mixed(assistant, 3)
+    settings = Settings(max_new_tokens=8, eos_token_ids=())
+    with Engine(assistant.model, max_batch=3, max_tokens=512, worker=False) as engine:
+        for prompt, ours in zip(prompts, engine.generate(prompts, settings), strict=True):
+            batch = chat.collate([prompt], 0)
+            inputs = {"ids": batch.ids, "mel": batch.mel, "conv_frames": batch.conv_frames}
+            assert ours.ids == quantize.answer(assistant.model, [inputs], 8)[0].ids[0].tolist()
+
+
+def test_slots_forget_what_they_held(assistant):
+    slots = Slots(assistant.model, 2, 256)
+    prompt = mixed(assistant, 1)[0]
+    with torch.inference_mode():
+        slots.prefill([job_of(prompt)])
+        slots.step(1)
+        assert slots.cache.keys.any()
+        slots.clear(0)
+        assert not slots.cache.keys.any() and not slots.cache.values.any()
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_graphs_write_what_generate_writes(assistant):
+    model = fresh().cuda()
+    prompts = mixed(assistant, 12)
+    with Engine(model, max_batch=5, max_tokens=1024) as engine:
+        assert engine.slots._record is not None
+        answers = engine.generate(prompts, GREEDY)
+        assert engine.slots._recorded
+        drawn = [engine.submit(prompts[0], DRAWN, seed=3).result().ids for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.ids == alone(assistant.model, prompt, GREEDY).ids
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graphs_are_batch_invariant(assistant, dtype):
+    model = fresh(dtype).cuda()
+    prompts = mixed(assistant, 5)
+    import qwen2audio_kernels
+
+    with torch.inference_mode():
+
+        def answered(chosen, count):
+            slots = Slots(
+                model, count, 1024, kernels=qwen2audio_kernels, deterministic=True,
+                record=record_graph(torch.device("cuda")),
+            )  # fmt: skip
+            return [ids for ids, _ in run_to_end_ids(slots, [job_of(prompts[i]) for i in chosen])]
+
+        reference = [answered([i], 1)[0] for i in range(5)]
+        assert answered([3, 1, 0, 4, 2], 5) == [reference[i] for i in (3, 1, 0, 4, 2)]
+        assert answered([2, 4], 2) == [reference[2], reference[4]]
+
+
+def run_to_end_ids(slots, jobs):
+    slots.step = watch(slots)
+    return run_to_end(slots, jobs)
