@@ -16,7 +16,7 @@ import torch
 
 from qwen2audio_core import backends, chat, hub, tiny, weights
 from qwen2audio_core.chat import Long, Prompt
-from qwen2audio_core.errors import InputError
+from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.generate import Generation
 from qwen2audio_core.linear import Linear, why_not_packed
 from qwen2audio_core.model import Qwen2Audio
@@ -90,9 +90,11 @@ class Stream:
 class StopWriter:
     """Ids of one answer to text that is safe to show: whole characters, no stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str]):
         self.stopped = False
-        self._stop = tuple(stop)
+        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(self._stop):
+            raise InputError("a stop string is empty: it would end every answer at once")
         self._text = TextStream(tokenizer)
         self._held = ""  # might be the beginning of a stop string
 
@@ -132,7 +134,7 @@ class Assistant:
         greedy, temperature, top_k, top_p, repetition_penalty, max_new_tokens, min_new_tokens
                   change the checkpoint's settings; giving temperature, top_k or top_p samples
         seed      makes sampling repeatable
-        stop      strings that end an answer; they are not part of it
+        stop      a string, or several, that end an answer; they are not part of it
         system    replaces the published system prompt
         long      what to do with a clip of more than 30 s: "split", "cut" or "error"
         notice    called with one line for everything worth knowing, such as a split
@@ -229,15 +231,15 @@ class Assistant:
         prompts: Sequence[Prompt],
         answers: int = 1,
         seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         **changes: Any,
     ) -> Stream:
         """Answer encoded prompts in one batch: all answers to the first, then to the second, ..."""
         settings = change(self.settings, **changes)
         bins = self.model.config.audio.num_mel_bins
         batch = chat.collate(prompts, settings.pad_token_id, num_mel_bins=bins, device=self.device)
+        writers = [StopWriter(self.tokenizer, stop) for _ in range(len(prompts) * answers)]
         run = Generation(self.model, batch, settings, answers, seed)
-        writers = [StopWriter(self.tokenizer, stop) for _ in run.answers]
         replies = [Reply(prompts[row // answers]) for row in range(len(run.answers))]
         return Stream(run, replies, writers)
 
@@ -267,9 +269,7 @@ class Chat:
         if not turns:
             raise InputError("there is no turn to try again")
         last = turns[-1]
-        turn = Turn(self, self.messages[:last], self.messages[last], options)
-        del self.messages[last:]
-        return turn
+        return Turn(self, self.messages[:last], self.messages[last], options)
 
     def clear(self) -> None:
         """Forget every turn; the system prompt stays."""
@@ -284,8 +284,8 @@ class Turn:
     ):
         options.setdefault("system", chat.system)
         self._chat = chat
-        self._message = message
-        self._stream = chat.assistant.stream_messages([*before, message], **options)
+        self._messages = [*before, message]
+        self._stream = chat.assistant.stream_messages(self._messages, **options)
 
     @property
     def reply(self) -> Reply:
@@ -296,13 +296,14 @@ class Turn:
             yield from self._stream
         finally:
             answer = {"role": "assistant", "content": self.reply.text}
-            self._chat.messages += [self._message, answer]
+            self._chat.messages[:] = [*self._messages, answer]
 
 
 def load(
     model: str = "tiny",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    pack: bool | None = None,
 ) -> Assistant:
     """Load a checkpoint.
 
@@ -310,17 +311,33 @@ def load(
             a small random model, made on the spot, whose words mean nothing
     device  None takes the GPU where there is one
     dtype   None keeps the checkpoint's own, bfloat16 for the published ones
+    pack    keep a second copy of the linear layers' weights in the order that a CPU multiplies them
+            in, which makes answers faster: True, False, or None where it pays and memory allows
     """
     folder = find(model)
     loaded = weights.load_model(folder, device=pick_device(device), dtype=dtype)
-    if fits_packed(loaded):
+    if pack or (pack is None and fits_packed(loaded)):
         backends.use(loaded, linear="packed")
-    return Assistant(
-        loaded,
-        Tokenizer.from_folder(folder),
-        weights.read_settings(folder),
-        model,
-    )
+    tokenizer = Tokenizer.from_folder(folder)
+    settings = weights.read_settings(folder)
+    check_fit(folder, loaded, tokenizer, settings)
+    return Assistant(loaded, tokenizer, settings, model)
+
+
+def check_fit(folder: Path, model: Qwen2Audio, tokenizer: Tokenizer, settings: Settings) -> None:
+    """Raise CheckpointError if tokenizer, settings and weights are not of one model."""
+    words, token = model.config.text.vocab_size, model.config.audio_token_id
+    if tokenizer.id_of("<|AUDIO|>") != token:
+        raise CheckpointError(
+            f"{folder}: <|AUDIO|> is {tokenizer.id_of('<|AUDIO|>')} in the tokenizer and {token} in"
+            " config.json; the files are of different models"
+        )
+    highest = max(len(tokenizer) - 1, settings.pad_token_id, *settings.eos_token_ids)
+    if highest >= words:
+        raise CheckpointError(
+            f"{folder}: tokens reach {highest}, the weights know {words}; the files are of"
+            " different models"
+        )
 
 
 def fits_packed(model: Qwen2Audio) -> bool:
@@ -334,6 +351,12 @@ def fits_packed(model: Qwen2Audio) -> bool:
         free = next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line)
     except (OSError, StopIteration):
         return False
+    group = Path("/sys/fs/cgroup")
+    try:  # a container's own limit
+        allowed = int((group / "memory.max").read_text())
+        free = min(free, allowed - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such limit
+        pass
     return free > 1.2 * needed
 
 
@@ -346,11 +369,14 @@ def pick_device(device: torch.device | str | None = None) -> torch.device:
     """The device asked for, or the best one here: cuda, then mps, then cpu."""
     if device is not None:
         try:
-            return torch.empty(0, device=device).device
+            found = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
             raise InputError(
                 f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}"
             ) from error
+        if found.type not in ("cpu", "cuda", "mps"):
+            raise InputError(f"device {str(device)!r} cannot be used: expected cpu, cuda or mps")
+        return found
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -381,6 +407,8 @@ def user_turn(text: str | None, audio: Any = None) -> Message:
     """A user's turn as the published examples write it: the clips first, then the text."""
     items: list[Message] = []
     for clip in clip_list(audio):
+        if hasattr(clip, "read"):  # it can be read once, a conversation is read at every turn
+            clip = clip.read()
         if isinstance(clip, tuple):
             source, rate = clip
             items.append({"type": "audio", "audio": source, "sampling_rate": rate})

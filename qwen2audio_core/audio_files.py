@@ -197,9 +197,13 @@ def decode(file: BinaryIO, name: str) -> Blocks:
         import soundfile
     except ImportError as error:
         raise AudioError(f"{name}: reading files needs soundfile: pip install soundfile") from error
-    if file.seek(0, os.SEEK_END) == 0:
+    try:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+    except OSError as error:
+        raise AudioError(f"{name}: cannot be read ({error.strerror or error})") from error
+    if size == 0:
         raise AudioError(f"{name}: is empty (0 bytes)")
-    file.seek(0)
     try:
         sound = soundfile.SoundFile(file)
     except soundfile.LibsndfileError as error:

@@ -51,10 +51,6 @@ class KVCache:
         """Count `tokens` more positions as filled."""
         self.length += tokens
 
-    def truncate(self, length: int) -> None:
-        """Forget every position from `length` on."""
-        self.length = min(self.length, length)
-
     def select(self, rows: Tensor) -> None:
         """Keep the rows (n,) of the batch, in that order; a row may be taken several times."""
         self.keys = self.keys[:, rows]

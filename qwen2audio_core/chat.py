@@ -47,7 +47,7 @@ class Prompt:
 
     ids: list[int]  # T; a clip's placeholder stands audio_tokens times
     clips: list[Tensor]  # waveforms (N,), 16 kHz mono float32, in the order of their placeholders
-    audio_tokens: list[int]  # K of each clip
+    audio_tokens: list[int]  # A of each clip
     notices: list[str]  # what a person should know, such as where a long clip was split
 
 
@@ -195,16 +195,16 @@ def encode_raw(
 
 
 def check_length(prompt: Prompt, limit: int) -> None:
-    """Raise PromptError if a prompt exceeds the model's context.
+    """Raise PromptError if a prompt leaves no room for an answer in the model's context.
 
     limit  config.text.max_position_embeddings; 8,192 in the published model
     """
-    if len(prompt.ids) > limit:
+    if len(prompt.ids) >= limit:
         clips = len(prompt.clips)
         raise PromptError(
             f"the prompt has {len(prompt.ids)} tokens, {sum(prompt.audio_tokens)} of them for"
-            f" {clips} clip{'s' * (clips != 1)}, and the model's context holds {limit}: use less"
-            " audio or text"
+            f" {clips} clip{'s' * (clips != 1)}, and the model's context holds {limit} with the"
+            " answer: use less audio or text"
         )
 
 

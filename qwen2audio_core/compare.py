@@ -113,10 +113,11 @@ class Report:
         return content
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        from rich.markup import escape
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=f"{self.model}, {self.dtype}, against transformers {self.transformers}")
+        title = f"{self.model}, {self.dtype}, against transformers {self.transformers}"
+        table = Table(title=Text(title, "table.title"))
         table.add_column("stage", no_wrap=True)
         for title in ("difference", "relative", ""):
             table.add_column(title, justify="right")
@@ -130,9 +131,9 @@ class Report:
                 style=None if good else "bold red",
             )
         yield table
-        yield self.verdict()
-        yield f"ours:         {escape(self.ours)}"
-        yield f"transformers: {escape(self.theirs)}"
+        yield Text(self.verdict())
+        yield Text(f"ours:         {self.ours}")
+        yield Text(f"transformers: {self.theirs}")
 
 
 def compare(

@@ -20,6 +20,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -122,7 +124,8 @@ class Engine:
     """Answers many conversations at once with one model.
 
     max_batch       conversations that are written at a time; more wait
-    max_tokens      prompt and answer of each
+    max_tokens      prompt and answer of each. Both together fix the cache: max_batch * max_tokens
+                    * 0.5 MB in the published shape and bfloat16. A CPU fills it as it is used
     prefix_bytes    what the prefix cache may hold beside the slots; 0 turns it off
     prefill_tokens  read at a time while others wait for their next token
     int8_cache      keys and values in half of bfloat16's memory; slots.SlotCache has its error
@@ -165,6 +168,9 @@ class Engine:
         kernels = _kernels(backend, device)
         self._backend = None if kernels is None else backends.use(model, "triton")
         on_gpu = device.type == "cuda"
+        self._on_device: Callable[[], AbstractContextManager[Any]] = (
+            partial(torch.cuda.device, device) if on_gpu else nullcontext
+        )
         if packed or (packed is None and on_gpu):
             pack(model)
         with torch.inference_mode():
@@ -308,7 +314,7 @@ class Engine:
 
     def advance(self) -> bool:
         """Let requests leave and join, then write one id in each. Returns whether any are left."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self._on_device():
             self._finish_where({})
             group = self._next_group()
             if group:

@@ -30,19 +30,20 @@ SECONDS_PER_TOKEN = 4 * HOP_LENGTH / SAMPLE_RATE  # 0.04
 class ClipLengths(NamedTuple):
     """How long one clip is at each stage. Prompt, encoder and splice all read it here."""
 
-    mel_frames: int  # L, frames whose first sample belongs to the clip
-    conv_frames: int  # F, frames the encoder's attention sees
-    audio_tokens: int  # K, placeholders in the prompt and rows spliced into it
-    input_frames: int  # mel frames fed to the encoder: those that F conv frames can see
+    mel_frames: int  # frames whose first sample belongs to the clip
+    conv_frames: int  # frames the encoder's attention sees
+    audio_tokens: int  # A, placeholders in the prompt and rows spliced into it
+    input_frames: int  # F, mel frames fed to the encoder: those its valid frames can see
 
 
 def clip_lengths(samples: int) -> ClipLengths:
     """Lengths of a clip of `samples` samples at 16 kHz.
 
-        L = ceil(N / 160)    F = ceil(L / 2)    K = floor(F / 2)    input = min(2F + 1, 3000)
+        mel = ceil(N / 160)    conv = ceil(mel / 2)    A = floor(conv / 2)
+        input = min(2 conv + 1, 3000)
 
-    Two convolutions of width 3, the second with stride 2, let conv frame F - 1 see mel frame 2F and
-    no later one. A clip of 320 samples (20 ms) or fewer has no audio token.
+    Two convolutions of width 3, the second with stride 2, let the last of the conv frames see mel
+    frame 2 conv and no later one. A clip of 320 samples (20 ms) or fewer has no audio token.
 
     errors   AudioError for more than 480,000 samples (30 s)
     """
@@ -112,7 +113,7 @@ def log_mel(waveform: Tensor, num_mel_bins: int = 128) -> Tensor:
     lengths = clip_lengths(waveform.shape[0])
     if lengths.input_frames == 0:
         return waveform.new_empty(num_mel_bins, 0)
-    # The maximum needs frame L + 1 as well: its window still reaches the clip's last 40 samples.
+    # The maximum needs one frame more: its window still reaches the clip's last 40 samples.
     frames = max(lengths.input_frames, lengths.mel_frames + 2)
     half = N_FFT // 2
     if frames < MAX_FRAMES:

@@ -47,6 +47,8 @@ class Generation:
     ):
         if answers < 1:
             raise InputError(f"answers is {answers}, it must be at least 1")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise InputError(f"seed is {seed}, it must be 0 to {2**63 - 1}")
         self.model = model
         self.settings = settings
         weight = model.language_model.lm_head.weight

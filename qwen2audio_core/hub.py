@@ -55,9 +55,9 @@ def find(
     errors     CheckpointError; after a failed download the next call fetches only what is missing
     """
     text = os.fspath(model)
-    folder = Path(text).expanduser()
-    if not folder.is_dir():
-        if folder.exists():
+    folder = Path(os.path.expanduser(text))
+    if not os.path.isdir(folder):
+        if os.path.exists(folder):
             raise CheckpointError(f"{text}: this is a file; give the folder that holds config.json")
         if isinstance(model, Path) or not _HUB_ID.fullmatch(text):
             raise CheckpointError(

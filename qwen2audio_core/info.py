@@ -10,6 +10,7 @@ import torch
 from qwen2audio_core import hub, weights
 from qwen2audio_core.assistant import find
 from qwen2audio_core.config import Qwen2AudioConfig
+from qwen2audio_core.errors import CheckpointError
 from qwen2audio_core.frontend import MAX_SAMPLES, SECONDS_PER_TOKEN, clip_lengths
 from qwen2audio_core.model import Qwen2Audio
 
@@ -38,15 +39,16 @@ class Info:
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=self.model, show_header=False)
+        table = Table(title=Text(self.model, "table.title"), show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(justify="right")
         for part, count in self.parameters.items():
             table.add_row(part, f"{count:,} parameters")
         table.add_row("together", f"{sum(self.parameters.values()):,} parameters", end_section=True)
         kinds = ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())
-        table.add_row("tensors", kinds or f"{self.tensors}, not downloaded yet")
+        table.add_row("tensors", Text(kinds or f"{self.tensors}, not downloaded yet"))
         table.add_row("weights", f"{_bytes(self.weight_bytes)} in {self.files} files")
         table.add_row("a second of audio", f"{self.tokens_per_second:g} tokens")
         table.add_row("a window of 30 s", f"{self.tokens_per_window} tokens")
@@ -58,7 +60,7 @@ class Info:
         ):
             table.add_row(name, _bytes(self.weight_bytes + tokens * self.cache_bytes_per_token))
         yield table
-        yield self.folder
+        yield Text(self.folder)
 
 
 def describe(model: str) -> Info:
@@ -85,7 +87,9 @@ def describe(model: str) -> Info:
     else:
         listed = hub.weight_map(folder)
         dtypes, tensors, files = {}, len(listed), len(set(listed.values()))
-        size = int(hub.read_json(folder, hub.INDEX)["metadata"]["total_size"])
+        size = hub.read_json(folder, hub.INDEX).get("metadata", {}).get("total_size")
+        if not isinstance(size, int):
+            raise CheckpointError(f"{folder / hub.INDEX}: metadata.total_size must be a number")
     text = config.text
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     return Info(

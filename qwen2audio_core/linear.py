@@ -5,6 +5,7 @@ every call, which for a few rows takes longer than the product itself. `PackedLi
 weight in that order: the same result to the bit, in about two thirds of the time.
 """
 
+import weakref
 from typing import Any
 
 import torch
@@ -32,22 +33,32 @@ class PackedLinear:
     """
 
     def __init__(self) -> None:
-        self._version: tuple[int, int] | None = None
+        self._source: tuple[weakref.ref[Tensor], int, int] | None = None
         self._packed: Tensor | None = None
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """y = x weight^T + bias; x (..., K), weight (N, K), bias (N,), returns (..., N)."""
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return F.linear(x, weight, bias)
-        version = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        if self._packed is None or version != self._version:
+        if self._packed is None or not self._current(weight):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
-            self._version = version
+            self._source = (weakref.ref(weight), weight.data_ptr(), _version(weight))
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
         return y
 
+    def _current(self, weight: Tensor) -> bool:
+        assert self._source is not None
+        known, address, version = self._source
+        same = known() is weight and address == weight.data_ptr()
+        return same and version == _version(weight)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
         return PackedLinear()  # a packed tensor cannot be copied; the twin packs for itself
+
+
+def _version(weight: Tensor) -> int:
+    """Counts changes in place; tensors made in inference mode keep no such count."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def why_not_packed(weight: Tensor) -> str:

@@ -28,17 +28,20 @@ class Settings:
     pad_token_id: int = 151643
 
     def __post_init__(self) -> None:
-        checks = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("min_new_tokens", self.min_new_tokens >= 0, "at least 0"),
-            ("temperature", 0 < self.temperature < float("inf"), "above 0 (use greedy for 0)"),
-            ("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
-        )
-        for name, good, expected in checks:
-            if not good:
-                raise InputError(f"{name} is {getattr(self, name)}, it must be {expected}")
+        # Beyond these bounds float32 scores overflow.
+        bounds = {
+            "max_new_tokens": (int, 1, 2**31, "a whole number of at least 1"),
+            "min_new_tokens": (int, 0, 2**31, "a whole number of at least 0"),
+            "temperature": (float, 1e-4, 1e4, "0.0001 to 10,000 (use greedy for 0)"),
+            "top_k": (int, 0, 2**31, "a whole number of at least 0 (0 keeps all tokens)"),
+            "top_p": (float, 1e-9, 1, "above 0 and at most 1"),
+            "repetition_penalty": (float, 1e-2, 1e2, "0.01 to 100"),
+        }
+        for name, (kind, least, most, expected) in bounds.items():
+            value = getattr(self, name)
+            number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            if not number or not least <= value <= most:
+                raise InputError(f"{name} is {value!r}, it must be {expected}")
 
 
 def choose(

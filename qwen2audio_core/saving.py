@@ -71,7 +71,7 @@ def write(
     files      further files, name -> content
     overwrite  replace an earlier checkpoint at `folder`; anything else is never replaced
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = Path(os.path.expanduser(folder)).absolute()
     _check_target(folder, overwrite)
     shards = _split(shapes, dtype.itemsize, max_shard_bytes)
     total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize

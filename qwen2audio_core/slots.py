@@ -183,12 +183,11 @@ class DeviceSampler:
                 state[target] = state[source]
 
     def __call__(self, slots: "Slots", logits: Tensor, rows: slice) -> Tensor:
-        written = slots.written[rows, None]
-        ends = slots.ends[rows]
+        written, ends = slots.written[rows, None], slots.ends[rows]
         early = (ends >= 0) & (written < self.least[rows, None])
-        ceiling = torch.full_like(ends, float("inf"), dtype=logits.dtype)
-        ceiling = ceiling.masked_fill(early, float("-inf"))
-        logits = logits.scatter_reduce(1, ends.clamp(min=0), ceiling, "amin")
+        places = ends.clamp(min=0)
+        allowed = logits.gather(1, places).masked_fill(early, float("-inf"))
+        logits = logits.scatter(1, places, allowed)
         last = slots.ids[rows].gather(1, (slots.lengths[rows, None] - 1).clamp(min=0))
         self.seen[rows].scatter_(1, last, True)
         place = written.clamp(max=self.uniform.shape[1] - 1)  # a row that has ended draws in vain
@@ -303,7 +302,7 @@ class Slots:
         self.ended = state(slots, fill=True)
         self._news = state(2, slots)  # last ids, and whether their rows ended
         self._row_numbers = torch.arange(slots, device=device)
-        self.logits: Tensor | None = None  # of the last prefill or step, for inspection
+        self.logits: Tensor | None = None  # of the last prefill or unrecorded step, to look at
         self.failures: dict[int, Exception] = {}  # row -> why nothing could be drawn there
         self.sampler: Sampler
         if kernels is None:
@@ -353,16 +352,17 @@ class Slots:
         return news
 
     def _place(self, job: Job) -> None:
-        """Set a row's state for a job. Its ends are unsorted ids, padded by -1."""
+        """Set a row's state for a job."""
         row, length = job.row, len(job.ids)
         ids = torch.tensor(job.ids, device=self.device)
-        ends = torch.tensor(job.settings.eos_token_ids, dtype=torch.int64, device=self.device)
         self.ids[row, :length] = ids
         self.lengths[row] = self._known[row] = length
         self.written[row] = 0
         self.budget[row] = job.budget
-        self.ends[row] = -1
-        self.ends[row, : len(ends)] = ends
+        # Filled up with one of them: to name an end twice is harmless, in any order.
+        ends = list(job.settings.eos_token_ids) or [-1]
+        ends += ends[:1] * (MAX_ENDS - len(ends))
+        self.ends[row] = torch.tensor(ends, device=self.device)
         self.ended[row] = False
         self.sampler.place(row, ids, job.settings, job.budget, job.seed)
 
@@ -400,8 +400,7 @@ class Slots:
 
     def _replay(self, count: int, longest: int) -> None:
         """Run the smallest recorded step that holds so many rows and positions."""
-        rows = min([n for n in ROWS if n >= count] + [self.count], key=lambda n: (n < count, n))
-        rows = min(rows, self.count)
+        rows = min(next((n for n in ROWS if n >= count), self.count), self.count)
         span = SHORTEST
         while span < longest:
             span *= 2

@@ -25,6 +25,8 @@ EXACT_DOTS = {"log_mel_fwd_kernel"}
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+pytestmark = pytest.mark.slow  # it compiles every kernel four times, about two minutes
+
 Row = dict[str, str]
 
 

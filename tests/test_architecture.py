@@ -23,8 +23,12 @@ LAYERS = {
     **dict.fromkeys(("hub", "audio", "audio_files", "frontend"), 1),
     **dict.fromkeys(("cache", "linear", "encoder", "projector", "decoder"), 1),
     "model": 2,
-    **dict.fromkeys(("weights", "saving", "tokenizer", "chat", "sampling", "backends"), 3),
-    **dict.fromkeys(("generate", "engine", "probe", "tiny", "assistant"), 4),
+    **dict.fromkeys(
+        ("weights", "saving", "quantize", "tokenizer", "chat", "sampling", "backends"), 3
+    ),
+    **dict.fromkeys(
+        ("generate", "packing", "prefix_cache", "slots", "engine", "probe", "tiny", "assistant"), 4
+    ),
     **dict.fromkeys(("talk", "transcribe", "compare", "info", "__init__"), 5),
     **dict.fromkeys(("training", "evaluation", "web"), 5),
     "cli": 6,
@@ -43,6 +47,11 @@ SIDEWAYS = {
     ("saving", "weights"),
     ("assistant", "generate"),
     ("assistant", "tiny"),
+    ("slots", "packing"),
+    ("engine", "generate"),
+    ("engine", "packing"),
+    ("engine", "prefix_cache"),
+    ("engine", "slots"),
 }
 # Third-party packages besides torch: at the top of a file, and only inside a function.
 EAGER = {
@@ -57,6 +66,8 @@ INSIDE = {
     "hub": {"huggingface_hub"},
     "tokenizer": {"tokenizers"},
     "backends": {KERNELS},
+    "quantize": {KERNELS},
+    "engine": {KERNELS},
     "compare": {"rich", "transformers"},
     "info": {"rich"},
     "cli": {"rich"},

@@ -87,6 +87,19 @@ def test_a_wrong_kernel_is_refused_at_its_shape(
         bench.verify(wrong, "cpu", torch.float32)
 
 
+def test_the_checks_of_their_own_reject_what_is_wrong(
+    bench: ModuleType, shapes: ModuleType, on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = {op: getattr(kernels, op) for op in ("log_mel", "sample")}
+    monkeypatch.setattr(kernels, "log_mel", lambda waveform: right["log_mel"](waveform) + 1e-4)
+    monkeypatch.setattr(kernels, "sample", lambda **inputs: right["sample"](**inputs) ^ 1)
+    own = [case for case in shapes.cases(True) if case.check is not None]
+    assert {case.op for case in own} == set(right)
+    for case in own:
+        with pytest.raises(AssertionError, match=f"^{case.op}: "):
+            bench.verify(case, "cpu", torch.bfloat16)
+
+
 def test_the_command(
     bench: ModuleType,
     tmp_path: Path,

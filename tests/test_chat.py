@@ -649,12 +649,12 @@ def test_long_clips_in_raw_prompts(small):
 
 def test_the_context_is_checked(small):
     prompt = encode16([user(clip(480000), clip(16000), "Hi")], small)
-    check_length(prompt, len(prompt.ids))
+    check_length(prompt, len(prompt.ids) + 1)
     with pytest.raises(PromptError) as caught:
-        check_length(prompt, len(prompt.ids) - 1)
+        check_length(prompt, len(prompt.ids))  # no room for an answer
     counts = f"{len(prompt.ids)} tokens, 775 of them for 2 clips"
     assert counts in str(caught.value)
-    assert f"holds {len(prompt.ids) - 1}:" in str(caught.value)
+    assert f"holds {len(prompt.ids)} with the answer" in str(caught.value)
 
 
 def test_collate_pads_left_and_keeps_the_order_of_clips(small):

@@ -106,14 +106,14 @@ def test_the_cache_changes_nothing(model, steps):
     torch.testing.assert_close(torch.cat(got, 1), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_cache_rows_can_be_selected_and_cut_off(model):
+def test_cache_rows_can_be_selected(model):
     ids, mel, frames, mask = collate(ROWS)
     new = torch.tensor([[11], [12], [13], [14]])
     with torch.no_grad():
         cache = KVCache(tiny.TINY.text, len(ROWS), ids.shape[1] + 3)
         model(ids, mel, frames, mask, cache)
-        expected = model(new, cache=cache)
-        cache.truncate(ids.shape[1])
+        twin = copy.deepcopy(cache)
+        expected = model(new, cache=twin)
         rows = torch.tensor([3, 0, 0])
         cache.select(rows)
         got = model(new[rows], cache=cache)

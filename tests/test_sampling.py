@@ -119,8 +119,13 @@ def test_half_precision_logits_are_compared_in_float32():
         ("top_p", 0.0),
         ("top_p", 1.5),
         ("repetition_penalty", -1.0),
+        ("repetition_penalty", 1e-42),
+        ("temperature", 1e-42),
+        ("temperature", "0.7"),
+        ("top_k", 2.5),
+        ("max_new_tokens", 2.5),
     ],
 )
 def test_settings_that_make_no_sense(field, value):
-    with pytest.raises(InputError, match=f"{field} is {value}, it must be"):
+    with pytest.raises(InputError, match=f"{field} is {value!r}, it must be"):
         Settings(**{field: value})

@@ -31,6 +31,7 @@ class Case:
     inputs     draws them, floats in float32; those in `exact` stay so, the rest is rounded
     kernel     called with the inputs by name, as all functions here
     plain      the op in torch as the tests know it: what the numbers are checked against
+    check      called with the inputs in its place, where the three-way rule does not fit
     peers      name -> function to race; "torch" is the fastest that PyTorch offers
     peer_inputs  from the kernel's inputs to the peers', where they differ
     ceiling    the measured limit that binds: "copy", "read" (bytes) or "matmul" (operations)
@@ -45,7 +46,7 @@ class Case:
     shape: str
     inputs: Callable[[], Inputs]
     kernel: Function
-    plain: Function | None
+    plain: Function
     peers: dict[str, Function]
     ceiling: str
     work: float
@@ -54,6 +55,7 @@ class Case:
     graph: bool = True
     exact: tuple[str, ...] = ()
     peer_inputs: Callable[[Inputs], Inputs] = lambda inputs: inputs
+    check: Callable[[Inputs], None] | None = None
     tunes: tuple[tuple[str, str], ...] = field(default=())
 
 
@@ -453,6 +455,7 @@ def ends(quick: bool, byte: int) -> Iterator[Case]:
             4.0 * (N + 128 * frames),
             graph=False,
             exact=("waveform",),
+            check=log_mel_check,
             tunes=(("log_mel", "forward"),) if seconds in (0.2, 30) else (),
         )
     V = 700 if quick else 156_032
@@ -463,12 +466,13 @@ def ends(quick: bool, byte: int) -> Iterator[Case]:
                 f"{B} x {V}, {'greedy' if greedy else 'published settings'}",
                 partial(sample_inputs, B, V, greedy),
                 kernels.sample,
-                None,  # draws differ by nature; tests/test_op_sample.py compares distributions
+                partial(sample_plain, greedy),
                 {"torch": partial(sample_plain, greedy)},
                 "read",
                 float(B * V * byte),
                 graph=False,
                 exact=("uniform", "temperature", "top_p", "penalty"),
+                check=partial(sample_check, greedy),
                 tunes=(("sample", "forward"),) if B > 1 and not greedy else (),
             )
     P, D, V = (5, 64, 300) if quick else (2048, 4096, 156_032)
@@ -492,6 +496,14 @@ def ends(quick: bool, byte: int) -> Iterator[Case]:
     )
 
 
+def log_mel_check(inputs: Inputs) -> None:
+    """Within 2e-5 of float64. The logarithm of one bin near zero power decides the largest error
+    of kernel and plain op alike, so which of the two is closer there is chance."""
+    ours, exact = kernels.log_mel(**inputs), frontend.log_mel(inputs["waveform"].double())
+    error = float((ours - exact).abs().max())
+    assert error <= 2e-5, f"log_mel: error {error:.1e}, allowed 2e-5"
+
+
 def sample_inputs(B: int, V: int, greedy: bool) -> Inputs:
     return {
         "logits": 3 * normal(B, V),
@@ -511,6 +523,21 @@ def sample_plain(greedy: bool, logits: Tensor, **settings: Tensor) -> Tensor:
         do_sample=not greedy, temperature=0.7, top_k=20, top_p=0.5, repetition_penalty=1.1
     )
     return sampling.choose(logits, ids, 1, chosen)
+
+
+def sample_check(greedy: bool, inputs: Inputs) -> None:
+    """The token is the highest; or, drawn, among those that top-k and top-p keep, ties included."""
+    token = kernels.sample(**inputs)[:, None]
+    scores, penalty = inputs["logits"].float(), inputs["penalty"][:, None]
+    penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
+    scores = torch.where(inputs["seen"], penalised, scores)
+    if greedy:
+        assert token.equal(scores.argmax(-1, keepdim=True)), "sample: not the highest score"
+        return
+    scores = scores / 0.7
+    kept = sampling.keep_top_p(sampling.keep_top_k(scores, 20), 0.5)
+    lowest = kept.masked_fill(kept == float("-inf"), float("inf")).amin(-1, keepdim=True)
+    assert (scores.gather(1, token) >= lowest).all(), "sample: drew a token that was cut off"
 
 
 # --- peers that may be installed ----------------------------------------------------------------
