@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # PyTorch takes seconds to load; the help text does not wait 
 
 app = typer.Typer(
     help="Qwen2-Audio in plain PyTorch: ask about speech, sound and music, and get text.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -58,6 +57,15 @@ Dtype = Annotated[
     Literal["float32", "bfloat16", "float16", "float64"] | None,
     typer.Option(help="Default: the checkpoint's own."),
 ]
+NoPack = Annotated[
+    bool, typer.Option("--no-pack", help="Less memory on a CPU, slower: no packed weights.")
+]
+
+CLIP_SUFFIXES = (
+    *(".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".webm", ".mp4"),
+    *(".aiff", ".aif", ".au"),
+)
+URLS = ("http://", "https://", "data:", "file://")
 
 
 @app.command()
@@ -80,6 +88,7 @@ def ask(
     long: Long = "split",
     device: Device = None,
     dtype: Dtype = None,
+    no_pack: NoPack = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Ask about clips, or let a clip ask.
@@ -96,12 +105,15 @@ def ask(
             "<|audio_bos|><|AUDIO|><|audio_eos|>Generate the caption in English:"
     """
     from qwen2audio_core.assistant import user_turn
+    from qwen2audio_core.talk import printable
 
     message = user_turn(text, audio)  # before the model is loaded
+    if text and text.lower().endswith(CLIP_SUFFIXES) and os.path.isfile(text):
+        raise InputError(f"{text} is a clip, not a question: give it as --audio {text}")
     if raw and (text is None or system is not None):
         raise InputError("--raw takes TEXT as the whole prompt, and no --system")
     began = time.perf_counter()
-    assistant = _load(model, device, dtype)
+    assistant = _load(model, device, dtype, no_pack)
     loaded = time.perf_counter()
     with _quiet_libraries():
         prompt = (
@@ -123,11 +135,15 @@ def ask(
     ready = time.perf_counter()
     for piece in stream:
         if not as_json:
-            _write(piece)
+            _write(printable(piece))
+    reply = stream.reply
     if not as_json:
         _write("\n")
+        if reply.finish_reason == "length":
+            limit = max_new_tokens or assistant.settings.max_new_tokens
+            advice = "--max-new-tokens" if len(reply.ids) >= limit else "the model's context"
+            _note(f"the answer was cut after {len(reply.ids)} tokens by {advice}")
         return
-    reply = stream.reply
     seconds = {"load": loaded - began, "audio": 0.0, **reply.seconds}
     seconds["audio"] = ready - loaded - seconds["encode"] - seconds["prefill"]  # to log-mels
     result = {
@@ -159,8 +175,12 @@ def chat(
     long: Long = "split",
     device: Device = None,
     dtype: Dtype = None,
+    no_pack: NoPack = False,
 ) -> None:
     """Talk in the terminal: /audio FILE, /record, /system, /clear, /retry, /save, /exit.
+
+    This one is interactive: it reads a line at a time and goes on after an error, which is one
+    line on stderr; the dialogue is on stdout. Its exit code says nothing about single turns.
 
     Example:
 
@@ -180,8 +200,9 @@ def chat(
         "notice": _note,
     }
     if sys.stdin.isatty():
-        import readline  # noqa: F401  (gives input() editing and history)
-    talk = Talk(_load(model, device, dtype), options, system)
+        with suppress(ImportError):  # not every Python has it
+            import readline  # noqa: F401  (gives input() editing and history)
+    talk = Talk(_load(model, device, dtype, no_pack), options, system)
     with _quiet_libraries():
         talk.run()
 
@@ -215,6 +236,7 @@ def transcribe(
     max_new_tokens: NewTokens = None,
     device: Device = None,
     dtype: Dtype = None,
+    no_pack: NoPack = False,
 ) -> None:
     """Write down what is said, with the published recognition prompts; of any length.
 
@@ -228,25 +250,28 @@ def transcribe(
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from qwen2audio_core import transcribe as transcripts
+    from qwen2audio_core.talk import printable
 
     formats = format or ["txt"]
-    assistant = _load(model, device, dtype)
+    assistant = _load(model, device, dtype, no_pack)
     failed = False
     with (
         _quiet_libraries(),
         Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.completed:.0f} of {task.total:.0f} s"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=Console(stderr=True, quiet=not sys.stderr.isatty()),
             transient=True,
+            redirect_stdout=sys.stdout.isatty(),  # to stderr: transcripts stay where they are sent
         ) as progress,
     ):
         task = progress.add_task("", total=1)
 
         def show(file: str, done: float, whole: float) -> None:
-            progress.update(task, description=os.path.basename(file), completed=done, total=whole)
+            name = printable(os.path.basename(file))
+            progress.update(task, description=name, completed=done, total=whole)
 
         for outcome in transcripts.run(
             assistant,
@@ -269,7 +294,8 @@ def transcribe(
                 _note(f"error: {outcome.error}")
             elif output is None:
                 for kind in transcripts.FORMATS if "all" in formats else dict.fromkeys(formats):
-                    _write(transcripts.FORMATS[kind](outcome.transcript))
+                    written = transcripts.FORMATS[kind](outcome.transcript)
+                    _write(written if kind == "json" else printable(written))
             for file in outcome.files:
                 _note(f"wrote {file}")
     if failed:
@@ -282,11 +308,11 @@ def compare(
     audio: Audio = None,
     model: Model = "tiny",
     max_new_tokens: Annotated[int, typer.Option(help="Length of both answers.")] = 32,
-    device: Device = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps, for both.")] = "cpu",
     dtype: Dtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Run transformers and this program side by side and show where they part.
+    """Run transformers and this program side by side, on the CPU, and show where they part.
 
     Exit code 0: everything agrees. 1: the first module that differs is named.
 
@@ -295,12 +321,13 @@ def compare(
         qwen2audio compare "What is that sound?" --audio glass.mp3 --model CHECKPOINT_FOLDER
     """
     from qwen2audio_core import compare as comparison
+    from qwen2audio_core.assistant import pick_device
 
     code = comparison.run(
         model,
         audio or (),
         text,
-        device=device,
+        device=str(pick_device(device)),
         dtype=dtype,
         max_new_tokens=max_new_tokens,
         as_json=as_json,
@@ -330,14 +357,15 @@ def info(
         rich.print(found)
 
 
-def _load(model: str, device: str | None, dtype: str | None) -> "Assistant":
+def _load(model: str, device: str | None, dtype: str | None, no_pack: bool) -> "Assistant":
     import torch
 
     from qwen2audio_core.assistant import load
 
     if model == "tiny":
         _note("tiny is a small random model: it shows that everything runs, its words mean nothing")
-    return load(model, device, None if dtype is None else getattr(torch, dtype))
+    kind = None if dtype is None else getattr(torch, dtype)
+    return load(model, device, kind, pack=False if no_pack else None)
 
 
 @contextmanager
@@ -374,19 +402,23 @@ def _write(text: str) -> None:
 def expand_clips(words: list[str]) -> list[str]:
     """Let one --audio take several files: `--audio a.wav b.wav` -> `--audio a.wav --audio b.wav`.
 
-    Words behind a clip are clips as long as they name files; the first other one is the question.
+    Words behind a clip are clips as long as they name files or are URLs; the first other one is
+    the question. InputError if that one looks like a file: it was meant to be heard.
     """
     result: list[str] = []
     taking = False
     for i, word in enumerate(words):
         if word == "--":
             return result + words[i:]
-        if taking and result[-1] not in ("--audio", "-a") and not word.startswith("-"):
-            taking = os.path.isfile(word)
+        if word.startswith("-"):
+            taking = word == "--audio" or word.startswith(("--audio=", "-a"))
+        elif taking and result[-1] not in ("--audio", "-a"):
+            bare = not any(map(str.isspace, word))
+            taking = os.path.isfile(word) or (bare and word.startswith(URLS))
             if taking:
                 result.append("--audio")
-        elif word.startswith("-"):
-            taking = word in ("--audio", "-a")
+            elif word.lower().endswith(CLIP_SUFFIXES) or (bare and ("/" in word or os.sep in word)):
+                raise InputError(f"{word}: no such file; if it is the question, put it first")
         result.append(word)
     return result
 
@@ -395,7 +427,8 @@ def main() -> NoReturn:
     """Entry point of the console command."""
     usage_error: Any = typer.BadParameter.__base__
     try:
-        code = app(expand_clips(sys.argv[1:]), prog_name="qwen2audio", standalone_mode=False)
+        words = expand_clips(sys.argv[1:]) or ["--help"]
+        code = app(words, prog_name="qwen2audio", standalone_mode=False)
     except InputError as error:
         code = _fail(str(error))
     except usage_error as error:
@@ -403,12 +436,19 @@ def main() -> NoReturn:
         code = _fail(f"{error.format_message()} (see {where} --help)")
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except MemoryError:
-        code = _fail("out of memory: try --dtype bfloat16, a shorter clip, or a smaller model")
-    except RuntimeError as error:
-        if "out of memory" not in str(error).lower():
+    except (BrokenPipeError, SystemExit):  # typer and rich make an exit of a reader that left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to flush
+        code = 128 + 13  # as if ended by SIGPIPE
+    except (MemoryError, RuntimeError) as error:
+        from qwen2audio_core.talk import memory_line
+
+        line = memory_line(error)
+        if line is None:
             raise
-        code = _fail(f"out of memory: {str(error).splitlines()[0]}")
+        code = _fail(line)
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        code = _fail(what + (error.strerror or str(error) or type(error).__name__))
     if code == 130:  # Ctrl-C, which typer may have caught itself
         _note("\ninterrupted")
     sys.exit(code or 0)

@@ -2,16 +2,21 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from qwen2audio_core.assistant import Assistant, Turn
-from qwen2audio_core.errors import InputError
+from qwen2audio_core.audio_files import source_name
+from qwen2audio_core.errors import InputError, PromptError
 
 HELP = """\
 /audio FILE     add a clip to your next turn (as often as you like)
@@ -20,7 +25,7 @@ HELP = """\
 /system TEXT    another system prompt; the conversation begins anew
 /retry          another answer to the last turn
 /clear          forget the conversation
-/save FILE      write the conversation as JSON
+/save FILE      write the conversation as JSON, what was recorded beside it
 /exit           leave (Ctrl-D too); Ctrl-C stops an answer"""
 
 # Programs that record 16 kHz mono to a WAV file until they are interrupted.
@@ -29,9 +34,14 @@ RECORDERS = (
     ("rec", "-q", "-r", "16000", "-c", "1", "-b", "16"),
 )
 
+URLS = ("http://", "https://", "data:", "file://")
+
 
 class Talk:
-    """One conversation in a terminal. `ask` reads a line, `show` writes a piece of text."""
+    """One conversation in a terminal.
+
+    ask reads a line, show writes a piece of the dialogue, complain a line that is not part of it.
+    """
 
     def __init__(
         self,
@@ -40,11 +50,12 @@ class Talk:
         system: str | None = None,
         ask: Callable[[str], str] = input,
         show: Callable[[str], None] = lambda text: print(text, end="", flush=True),
+        complain: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
     ):
         self.chat = assistant.chat(system)
         self.options = options
         self.clips: list[str] = []  # for the next turn
-        self.ask, self.show = ask, show
+        self.ask, self.show, self.complain = ask, show, complain
         self._recordings = tempfile.TemporaryDirectory(prefix="qwen2audio-")
 
     def run(self) -> None:
@@ -64,8 +75,17 @@ class Talk:
                     if line == "/exit":
                         return
                     self.obey(line)
+                except KeyboardInterrupt:
+                    self.show(" [stopped]\n")
                 except InputError as error:
-                    self.show(f"error: {error}\n")
+                    clearing = isinstance(error, PromptError) and self.chat.messages
+                    advice = ", or /clear forgets the conversation" if clearing else ""
+                    self.complain(f"error: {printable(str(error))}{advice}")
+                except (MemoryError, RuntimeError) as error:
+                    full_memory = memory_line(error)
+                    if full_memory is None:
+                        raise
+                    self.complain(f"error: {full_memory}")
 
     def obey(self, line: str) -> None:
         """Do what one line says: a command, or a turn."""
@@ -100,12 +120,11 @@ class Talk:
     def add(self, file: str) -> None:
         if not file:
             raise InputError("/audio needs a file, for example /audio question.wav")
-        # People drag files into a terminal, which quotes their names or escapes blanks.
-        name = os.path.expanduser(file.strip("'\"").replace("\\ ", " "))
-        if not name.startswith(("http://", "https://")) and not Path(name).is_file():
-            raise InputError(f"{name}: no such file")
+        name = file_name(file)
+        if not name.startswith(URLS) and not os.path.isfile(name):
+            raise InputError(f"{source_name(name)}: no such file")
         self.clips.append(name)
-        self.show(f"{name} goes with your next turn.\n")
+        self.show(f"{source_name(name)} goes with your next turn.\n")
 
     def turn(self, text: str | None) -> None:
         # The clips are given up only once they could be read, so that a slip costs nothing.
@@ -116,7 +135,7 @@ class Talk:
     def answer(self, turn: Turn) -> None:
         try:
             for piece in turn:
-                self.show(piece)
+                self.show(printable(piece))
         except KeyboardInterrupt:
             self.show(" [stopped]")
         self.show("\n")
@@ -126,9 +145,12 @@ class Talk:
         command = next((c for c in RECORDERS if shutil.which(c[0])), None)
         if command is None:
             raise InputError("no recorder found: install arecord (alsa-utils) or rec (sox)")
-        handle, path = tempfile.mkstemp(".wav", dir=self._recordings.name)
-        os.close(handle)
-        process = subprocess.Popen([*command, path], stderr=subprocess.PIPE, text=True)
+        try:
+            handle, path = tempfile.mkstemp(".wav", dir=self._recordings.name)
+            os.close(handle)
+            process = subprocess.Popen([*command, path], stderr=subprocess.PIPE, text=True)
+        except OSError as error:
+            raise InputError(f"{command[0]} cannot record: {error.strerror}") from error
         try:
             self.ask("Recording, Enter ends it ")
         except EOFError:
@@ -145,10 +167,64 @@ class Talk:
     def save(self, file: str) -> None:
         if not file:
             raise InputError("/save needs a file, for example /save talk.json")
-        content = {"system": self.chat.system, "messages": self.chat.messages}
-        text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+        target = os.path.abspath(file_name(file))
+        shown = source_name(target)
+        copies: dict[str, str] = {}  # recording, which is deleted at the end -> its copy
+        messages = []
+        for message in self.chat.messages:
+            content = message["content"]
+            if isinstance(content, list):
+                content = [dict(item) for item in content]
+                for item in content:
+                    if item["type"] != "audio" or item["audio"].startswith(URLS):
+                        continue
+                    clip = item["audio"] = os.path.abspath(item["audio"])
+                    if os.path.dirname(clip) == os.path.abspath(self._recordings.name):
+                        copy = f"{os.path.splitext(target)[0]}-{len(copies) + 1}.wav"
+                        item["audio"] = copies.setdefault(clip, copy)
+            messages.append({**message, "content": content})
+        whole = {"system": self.chat.system, "messages": messages}
+        for place in (target, *copies.values()):
+            if os.path.lexists(place):
+                raise InputError(f"{source_name(place)} exists already: give another name")
+        begun: list[str] = []
         try:
-            Path(file).expanduser().write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{file}: cannot write it ({error.strerror})") from error
-        self.show(f"Written to {file}.\n")
+            text = (json.dumps(whole, ensure_ascii=False, indent=2) + "\n").encode()
+            for clip, copy in copies.items():
+                begun.append(copy)
+                shutil.copyfile(clip, copy)
+            begun.append(target)
+            Path(target).write_bytes(text)
+        except BaseException as error:
+            for place in begun:
+                with suppress(OSError, ValueError):
+                    os.remove(place)
+            if not isinstance(error, (OSError, ValueError)):
+                raise
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{shown}: cannot write it ({reason})") from error
+        self.show(f"Written to {shown}.\n")
+
+
+def file_name(text: str) -> str:
+    """The file that was typed, or dragged into the terminal, which quotes or escapes its name."""
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a lone apostrophe
+        words = []
+    plain = len(words) != 1 or os.path.isfile(text)
+    return os.path.expanduser(text if plain else words[0])
+
+
+def printable(text: str) -> str:
+    """Text without the control characters that could drive a terminal; newlines and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+
+
+def memory_line(error: BaseException) -> str | None:
+    """What to tell a person whose memory is full; None for any other error."""
+    if isinstance(error, MemoryError):
+        return "out of memory: try --dtype bfloat16, a shorter clip, or a smaller model"
+    if re.search("out of memory|allocate memory", str(error), re.I):
+        return f"out of memory: {str(error).splitlines()[0]}"
+    return None

@@ -1,5 +1,7 @@
 """The command line as a person meets it: what it prints where, and how it fails."""
 
+import errno
+import io
 import json
 import os
 import signal
@@ -11,7 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen2audio_core import cli, tiny
+from qwen2audio_core import assistant, cli, tiny
+from qwen2audio_core.assistant import StopWriter
+from qwen2audio_core.compare import Report
+from qwen2audio_core.errors import InputError
+from qwen2audio_core.talk import Talk, file_name
 
 CLIPS = Path(cli.__file__).parent / "assets" / "clips"
 
@@ -90,7 +96,8 @@ def test_the_answer_depends_on_the_clip(run, question):
     others = [clip for clip in sorted(CLIPS.glob("*.flac")) if clip != question][:2]
     ids = set()
     for clip in (question, *others):
-        out = run("ask", "--audio", clip, "--greedy", "--max-new-tokens", 16, "--json")[1]
+        words = ("ask", "--audio", clip, "--temperature", 1, "--seed", 0, "--top-p", 1)
+        out = run(*words, "--max-new-tokens", 24, "--json")[1]
         ids.add(tuple(json.loads(out)["ids"]))
     assert len(ids) == 3
 
@@ -112,6 +119,17 @@ def test_several_clips_behind_one_option(run, question):
         (["ask", "--audio", "A", "why", "B"], ["ask", "--audio", "A", "why", "B"]),
         (["ask", "--audio", "missing", "B"], ["ask", "--audio", "missing", "--audio", "B"]),
         (["ask", "-a", "A", "--", "B"], ["ask", "-a", "A", "--", "B"]),
+        (["ask", "--audio=A", "B"], ["ask", "--audio=A", "--audio", "B"]),
+        (["ask", "-aA", "B", "why"], ["ask", "-aA", "--audio", "B", "why"]),
+        (
+            ["ask", "-a", "http://x/1", "https://x/2"],
+            ["ask", "-a", "http://x/1", "--audio", "https://x/2"],
+        ),
+        (
+            ["ask", "-a", "A", "data:audio/wav;base64,AA"],
+            ["ask", "-a", "A", "--audio", "data:audio/wav;base64,AA"],
+        ),
+        (["ask", "-a", "A", "and/or what?"], ["ask", "-a", "A", "and/or what?"]),
     ],
 )
 def test_which_words_are_clips(tmp_path, monkeypatch, words, expected):
@@ -174,11 +192,16 @@ def test_dtype_and_device(run, question):
     "words, message",
     [
         ([], "nothing was asked: give a text, a clip, or both"),
-        (["x", "--temperature", "0"], "temperature is 0.0, it must be above 0"),
+        (["x", "--temperature", "0"], "temperature is 0.0, it must be 0.0001 to 10,000"),
         (["x", "--greedy", "--temperature", "1"], "greedy decoding draws nothing"),
         (["x", "--top-p", "2"], "top_p is 2.0, it must be"),
-        (["x", "--max-new-tokens", "0"], "max_new_tokens is 0, it must be at least 1"),
+        (
+            ["x", "--max-new-tokens", "0"],
+            "max_new_tokens is 0, it must be a whole number of at least 1",
+        ),
         (["x", "--audio", "no-such.wav"], "no-such.wav"),
+        (["--audio", "a", "no-such.wav"], "no-such.wav: no such file; if it is the question"),
+        (["--audio=a", "clips/no-such"], "clips/no-such: no such file; if it is the question"),
         (["x", "--model", "no/such/folder"], "no/such/folder: no such folder"),
         (["x", "--model", "Qwen/Qwen2-Audio-7B-Instruct"], "Qwen/Qwen2-Audio-7B-Instruct: off"),
         (["--raw", "--audio", "x.wav"], "--raw takes TEXT as the whole prompt"),
@@ -199,18 +222,121 @@ def test_a_prompt_longer_than_the_context(run):
     assert "tokens" in message and "8192" in message
 
 
-def test_no_command_shows_help(run):
-    code, out, _ = run("--help")
-    assert code == 0 and "ask" in out and "chat" in out
+@pytest.mark.parametrize("words", [(), ("--help",)])
+def test_no_command_shows_help(run, words):
+    code, out, err = run(*words)
+    assert code == 0 and "ask" in out and "chat" in out and not err
+
+
+def test_a_clip_in_the_place_of_the_question(run, question):
+    message = failure(run("ask", "--audio", question, "--greedy", question))
+    assert "is a clip, not a question" in message
+
+
+def test_a_cut_answer_says_so(run, question):
+    words = ("ask", "x", "--audio", question, "--max-new-tokens", 2)
+    assert "cut after 2 tokens by --max-new-tokens" in run(*words)[2]
+    assert "cut after" not in run(*words, "--json")[2]
+
+
+def test_an_answer_cannot_drive_the_terminal(run, monkeypatch):
+    hostile = "a\x1b[2J\x9b31m\tb\r\x07\nc"
+    monkeypatch.setattr(StopWriter, "push", lambda self, token: hostile)
+    monkeypatch.setattr(StopWriter, "finish", lambda self: "")
+    words = ("ask", "x", "--max-new-tokens", 1)
+    assert run(*words)[1] == "a[2J31m\tb\nc\n"
+    assert json.loads(run(*words, "--json")[1])["text"] == hostile
+    assert talk_with(assistant.load("tiny"), ["x"], max_new_tokens=1)[0].endswith(
+        "a[2J31m\tb\nc\n\n"
+    )
+
+
+def test_an_operating_system_error_is_one_line(run, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "/disk")
+
+    monkeypatch.setattr(cli, "_load", full)
+    assert failure(run("ask", "x")) == "error: /disk: No space left on device"
+
+
+@pytest.mark.parametrize("command, expected", [("ask", False), ("transcribe", False)])
+def test_no_pack(run, monkeypatch, question, command, expected):
+    given = []
+
+    def load(*words, pack):
+        given.append(pack)
+        raise InputError("enough")
+
+    monkeypatch.setattr(assistant, "load", load)
+    for words in ((), ("--no-pack",)):
+        assert "enough" in failure(run(command, question.name + "?", *words))
+    assert given == [None, expected]
+
+
+def test_compare_knows_its_devices(run):
+    assert "device 'gpu' cannot be used" in failure(run("compare", "x", "--device", "gpu"))
+
+
+def test_names_are_not_markup(run, tmp_path):
+    folder = tmp_path / "m[/b][red]"
+    folder.parent.mkdir()
+    folder.symlink_to(tiny.folder())
+    code, out, err = run("info", "--model", folder)
+    assert code == 0 and "m[/b][red]" in "".join(out.split()), err
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(width=100, record=True, file=io.StringIO())
+    report = Report("m[/b][red]", "float32", 1e-4, "5", ours="[/b]", theirs="[red]x")
+    console.print(report)
+    shown = console.export_text()
+    assert "m[/b][red], float32" in shown and "[red]x" in shown
+
+
+def test_transcribe_leaves_nothing_on_stderr(question, tmp_path):
+    """Nor does its progress bar, in a terminal, take transcripts away from stdout."""
+    clip = tmp_path / "a[red].flac"
+    clip.write_bytes(question.read_bytes())
+    words = ("transcribe", clip, "--greedy", "--max-new-tokens", 8)
+    process = start(*words)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and out.strip()
+    assert err.startswith("tiny is a small random") and "" not in err.splitlines()
+    pty = pytest.importorskip("pty")
+    master, slave = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    process = start(*words, stderr=slave, env=env)
+    os.close(slave)
+    assert process.communicate(timeout=60)[0] == out
+    seen = b""
+    try:
+        while block := os.read(master, 4096):
+            seen += block
+    except OSError:  # the other end is closed
+        pass
+    os.close(master)
+    assert b"a[red].flac" in seen
+
+
+def talk_with(model, lines, **options):
+    """The dialogue and the complaints of a conversation in this process, and the Talk."""
+    shown, complaints = [], []
+    waiting = iter(lines)
+
+    def ask(_):
+        line = next(waiting, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    talk = Talk(model, options, ask=ask, show=shown.append, complain=complaints.append)
+    talk.run()
+    assert next(waiting, None) is None, "it left early"
+    return "".join(shown), complaints, talk
 
 
 def start(*words, **options):
     return subprocess.Popen(
         [sys.executable, "-m", "qwen2audio_core.cli", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options},
     )
 
 
@@ -235,8 +361,9 @@ def test_a_reader_that_leaves(question):
     process = start("ask", "--audio", question, "--max-new-tokens", 500)
     process.stdout.read(1)
     process.stdout.close()
-    assert process.wait(timeout=120) == 1
-    assert "Traceback" not in process.stderr.read()
+    assert process.wait(timeout=120) == 141
+    err = process.stderr.read()
+    assert "Traceback" not in err and "Exception ignored" not in err
     process.stderr.close()
 
 
@@ -255,11 +382,11 @@ def test_chat(question, tmp_path):
         "/exit",
     ]
     process = start("chat", "--greedy", "--max-new-tokens", 6, stdin=subprocess.PIPE)
-    out, err = process.communicate("\n".join(lines) + "\n", timeout=120)
+    _, err = process.communicate("\n".join(lines) + "\n", timeout=120)
     assert process.returncode == 0, err
-    assert "unknown command /nonsense, /help lists them" in out
-    assert "nowhere.wav: no such file" in out
-    assert "/save needs a file" in out
+    assert "unknown command /nonsense, /help lists them" in err
+    assert "nowhere.wav: no such file" in err
+    assert "/save needs a file" in err
     saved = json.loads((tmp_path / "talk.json").read_text())
     assert [m["role"] for m in saved["messages"]] == ["user", "assistant"] * 2
     assert saved["messages"][0]["content"][0]["audio"] == str(question)
@@ -268,7 +395,7 @@ def test_chat(question, tmp_path):
 def test_recording(question, tmp_path):
     """/record with a recorder that stands in for a microphone, and without any."""
     recorder = tmp_path / "arecord"
-    recorder.write_text(f'#!/bin/sh\nfor last; do :; done\ncp {question} "$last"\nsleep 60\n')
+    recorder.write_text(f'#!/bin/sh\nfor last; do :; done\ncp {question} "$last"\nexec sleep 60\n')
     recorder.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     process = start("chat", "--max-new-tokens", 4, stdin=subprocess.PIPE, env=environment)
@@ -280,9 +407,92 @@ def test_recording(question, tmp_path):
     time.sleep(1.0)  # speak
     out, err = process.communicate("\nWhat did I say?\n/exit\n", timeout=120)
     assert process.returncode == 0 and "goes with your next turn" in out, err
-    assert "error" not in out
+    assert "error" not in err
     process = start(
         "chat", "--max-new-tokens", 4, stdin=subprocess.PIPE, env={**os.environ, "PATH": "/nowhere"}
     )
-    out, _ = process.communicate("/record\n/exit\n", timeout=120)
-    assert "no recorder found" in out
+    _, err = process.communicate("/record\n/exit\n", timeout=120)
+    assert "no recorder found" in err
+
+
+@pytest.fixture
+def model():
+    return assistant.load("tiny")
+
+
+def test_a_turn_that_is_broken_off_before_its_answer(model, monkeypatch):
+    """Ctrl-C, or no memory, while a clip is read and encoded: the conversation goes on."""
+    failures = [
+        KeyboardInterrupt(),
+        MemoryError(),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB\nand more"),
+    ]
+    whole = model.encode
+
+    def encode(*args, **kwargs):
+        if failures:
+            raise failures.pop(0)
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(model, "encode", encode)
+    out, complaints, talk = talk_with(model, ["a", "b", "c", "d"], max_new_tokens=2)
+    assert out.count(" [stopped]\n") == 1
+    assert len(complaints) == 2
+    assert all(line.startswith("error: out of memory: ") for line in complaints)
+    assert "\n" not in complaints[1]
+    assert [m["role"] for m in talk.chat.messages] == ["user", "assistant"]
+    failures.append(RuntimeError("another"))
+    with pytest.raises(RuntimeError, match="another"):
+        talk_with(model, ["a"])
+
+
+def test_a_full_context_advises_to_clear(model):
+    long = "x " * 9000
+    alone = talk_with(model, [long])[1]
+    assert len(alone) == 1 and "context" in alone[0] and "/clear" not in alone[0]
+    behind = talk_with(model, ["a", long], max_new_tokens=1)[1]
+    assert len(behind) == 1 and behind[0].endswith("or /clear forgets the conversation")
+
+
+def test_file_names_as_they_are_typed(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("two words.wav", "it's.wav", "a\\b.wav"):
+        (tmp_path / name).touch()
+        assert file_name(name) == name
+    assert file_name("two\\ words.wav") == file_name("'two words.wav'") == "two words.wav"
+    assert file_name("it\\'s.wav") == file_name('"it\'s.wav"') == "it's.wav"
+    assert file_name("~/it\\'s.wav") == str(tmp_path / "it's.wav")
+    lines = [f"/audio {'x' * 5000}", "/audio ~nouser/x", "/save ~nouser/x", f"/save {'x' * 5000}"]
+    out, complaints, _ = talk_with(model, lines)
+    assert [line.split(": ")[0] for line in complaints] == ["error"] * 4
+    assert "Written" not in out and max(map(len, complaints)) < 400
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_save_keeps_recordings_and_files(model, question, tmp_path, monkeypatch):
+    monkeypatch.chdir(question.parent)
+    take = tmp_path / "take.wav"
+    take.write_bytes(question.read_bytes())
+
+    def record(self):
+        path = Path(self._recordings.name) / "recorded.wav"
+        path.write_bytes(take.read_bytes())
+        return str(path)
+
+    monkeypatch.setattr(Talk, "record", record)
+    place = tmp_path / "talk.json"
+    lines = ["/record", f"/audio {question.name}", "Who?", f"/save {place}", f"/save {place}"]
+    _, complaints, _ = talk_with(model, lines, max_new_tokens=1)
+    assert len(complaints) == 1 and "talk.json exists already" in complaints[0]
+    content = json.loads(place.read_text())["messages"][0]["content"]
+    copy = tmp_path / "talk-1.wav"
+    assert [item["audio"] for item in content[:2]] == [str(copy), str(question.resolve())]
+    assert copy.read_bytes() == take.read_bytes()
+    place.unlink()
+    _, complaints, _ = talk_with(model, lines[:4], max_new_tokens=1)
+    assert len(complaints) == 1 and "talk-1.wav exists already" in complaints[0]
+    assert not place.exists()
+    gone = [*lines[:3], f"/save {tmp_path}/nowhere/talk.json"]
+    _, complaints, _ = talk_with(model, gone, max_new_tokens=1)
+    assert "cannot write it (No such file or directory)" in complaints[0]

@@ -219,7 +219,7 @@ def test_a_turn_that_cannot_be_read_costs_nothing(assistant):
         talk.say("Two", "no-such-file.wav")
     assert len(talk.messages) == 2
     turn = talk.messages[0]
-    with pytest.raises(InputError, match="temperature is 0.0, it must be"):
+    with pytest.raises(InputError, match=r"temperature is 0\.0, it must be"):
         talk.retry(temperature=0.0)
     assert talk.messages[0] is turn and len(talk.messages) == 2
 
