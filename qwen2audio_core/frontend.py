@@ -129,6 +129,6 @@ def log_mel(waveform: Tensor, num_mel_bins: int = 128) -> Tensor:
     window, filters = constants(num_mel_bins, waveform.device, waveform.dtype)
     stft = torch.fft.rfft(padded.unfold(0, N_FFT, HOP_LENGTH)[:frames] * window)  # (frames, 201)
     power = stft.real.square() + stft.imag.square()
-    log = (filters @ power.T).clamp(min=1e-10).log10()
-    log = torch.maximum(log, log.max() - 8.0)
-    return (log[:, : lengths.input_frames] + 4.0) / 4.0
+    mel = filters @ power.T  # (M, frames)
+    lowest = (mel.max() * 1e-8).clamp(min=1e-10)  # 8 below the maximum, once the logarithm is taken
+    return mel[:, : lengths.input_frames].clamp(min=lowest).log10() * 0.25 + 1.0
