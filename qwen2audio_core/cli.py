@@ -8,16 +8,38 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from contextlib import suppress
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from qwen2audio_core.errors import InputError
-
-if TYPE_CHECKING:  # PyTorch takes seconds to load; the help text does not wait for it
-    from qwen2audio_core.assistant import Assistant
+from qwen2audio_core.options import (
+    Audio,
+    Device,
+    Dtype,
+    Greedy,
+    Long,
+    Model,
+    NewTokens,
+    NoPack,
+    Penalty,
+    Seed,
+    Stop,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+)
+from qwen2audio_core.terminal import (
+    URLS,
+    load,
+    memory_line,
+    note,
+    printable,
+    quiet_libraries,
+    write,
+)
 
 app = typer.Typer(
     help="Qwen2-Audio in plain PyTorch: ask about speech, sound and music, and get text.",
@@ -26,46 +48,10 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model", "-m", help="Hub id (Qwen/Qwen2-Audio-7B-Instruct), checkpoint folder, or tiny."
-    ),
-]
-Audio = Annotated[
-    list[str] | None,
-    typer.Option("--audio", "-a", metavar="FILE...", help="Clips, files or URLs, one or more."),
-]
-System = Annotated[str | None, typer.Option("--system", "-s", help="Another system prompt.")]
-Greedy = Annotated[
-    bool, typer.Option("--greedy", help="No sampling. Keeps the checkpoint's repetition penalty.")
-]
-Temperature = Annotated[float | None, typer.Option(help="Sample at this temperature.")]
-TopK = Annotated[int | None, typer.Option(help="Sample among so many tokens, 0 for all.")]
-TopP = Annotated[float | None, typer.Option(help="Sample among tokens of this probability mass.")]
-Penalty = Annotated[float | None, typer.Option("--repetition-penalty", help="1 for none.")]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
-NewTokens = Annotated[
-    int | None, typer.Option(help="Longest answer in tokens; the prompt does not count.")
-]
-Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text.")]
-Long = Annotated[
-    Literal["split", "cut", "error"], typer.Option(help="What to do with a clip over 30 s.")
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best here.")]
-Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16", "float64"] | None,
-    typer.Option(help="Default: the checkpoint's own."),
-]
-NoPack = Annotated[
-    bool, typer.Option("--no-pack", help="Less memory on a CPU, slower: no packed weights.")
-]
-
 CLIP_SUFFIXES = (
     *(".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".webm", ".mp4"),
     *(".aiff", ".aif", ".au"),
 )
-URLS = ("http://", "https://", "data:", "file://")
 
 
 @app.command()
@@ -105,7 +91,6 @@ def ask(
             "<|audio_bos|><|AUDIO|><|audio_eos|>Generate the caption in English:"
     """
     from qwen2audio_core.assistant import user_turn
-    from qwen2audio_core.talk import printable
 
     message = user_turn(text, audio)  # before the model is loaded
     if text and text.lower().endswith(CLIP_SUFFIXES) and os.path.isfile(text):
@@ -113,13 +98,13 @@ def ask(
     if raw and (text is None or system is not None):
         raise InputError("--raw takes TEXT as the whole prompt, and no --system")
     began = time.perf_counter()
-    assistant = _load(model, device, dtype, no_pack)
+    assistant = load(model, device, dtype, no_pack)
     loaded = time.perf_counter()
-    with _quiet_libraries():
+    with quiet_libraries():
         prompt = (
-            assistant.encode_raw(text or "", audio, "cut" if long == "cut" else "error", _note)
+            assistant.encode_raw(text or "", audio, "cut" if long == "cut" else "error", note)
             if raw  # one placeholder holds one clip, so a raw prompt cannot be split
-            else assistant.encode([message], system, long, _note)
+            else assistant.encode([message], system, long, note)
         )
     stream = assistant.stream_prompts(
         [prompt],
@@ -135,14 +120,14 @@ def ask(
     ready = time.perf_counter()
     for piece in stream:
         if not as_json:
-            _write(printable(piece))
+            write(printable(piece))
     reply = stream.reply
     if not as_json:
-        _write("\n")
+        write("\n")
         if reply.finish_reason == "length":
             limit = max_new_tokens or assistant.settings.max_new_tokens
             advice = "--max-new-tokens" if len(reply.ids) >= limit else "the model's context"
-            _note(f"the answer was cut after {len(reply.ids)} tokens by {advice}")
+            note(f"the answer was cut after {len(reply.ids)} tokens by {advice}")
         return
     seconds = {"load": loaded - began, "audio": 0.0, **reply.seconds}
     seconds["audio"] = ready - loaded - seconds["encode"] - seconds["prefill"]  # to log-mels
@@ -158,7 +143,7 @@ def ask(
         "dtype": str(assistant.dtype).removeprefix("torch."),
         "seconds": {stage: round(value, 6) for stage, value in seconds.items()},
     }
-    _write(json.dumps(result, ensure_ascii=False) + "\n")
+    write(json.dumps(result, ensure_ascii=False) + "\n")
 
 
 @app.command()
@@ -197,13 +182,13 @@ def chat(
         "seed": seed,
         "max_new_tokens": max_new_tokens,
         "long": long,
-        "notice": _note,
+        "notice": note,
     }
     if sys.stdin.isatty():
         with suppress(ImportError):  # not every Python has it
             import readline  # noqa: F401  (gives input() editing and history)
-    talk = Talk(_load(model, device, dtype, no_pack), options, system)
-    with _quiet_libraries():
+    talk = Talk(load(model, device, dtype, no_pack), options, system)
+    with quiet_libraries():
         talk.run()
 
 
@@ -250,13 +235,12 @@ def transcribe(
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from qwen2audio_core import transcribe as transcripts
-    from qwen2audio_core.talk import printable
 
     formats = format or ["txt"]
-    assistant = _load(model, device, dtype, no_pack)
+    assistant = load(model, device, dtype, no_pack)
     failed = False
     with (
-        _quiet_libraries(),
+        quiet_libraries(),
         Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -282,7 +266,7 @@ def transcribe(
             language=language,
             prompt=prompt,
             batch_size=batch_size,
-            notice=_note,
+            notice=note,
             greedy=greedy or None,
             temperature=temperature,
             repetition_penalty=repetition_penalty,
@@ -291,13 +275,13 @@ def transcribe(
         ):
             if outcome.transcript is None:
                 failed = True
-                _note(f"error: {outcome.error}")
+                note(f"error: {outcome.error}")
             elif output is None:
                 for kind in transcripts.FORMATS if "all" in formats else dict.fromkeys(formats):
                     written = transcripts.FORMATS[kind](outcome.transcript)
-                    _write(written if kind == "json" else printable(written))
+                    write(written if kind == "json" else printable(written))
             for file in outcome.files:
-                _note(f"wrote {file}")
+                note(f"wrote {file}")
     if failed:
         raise typer.Exit(2)
 
@@ -350,53 +334,11 @@ def info(
 
     found = describe(model)
     if as_json:
-        _write(json.dumps(found.to_json(), ensure_ascii=False) + "\n")
+        write(json.dumps(found.to_json(), ensure_ascii=False) + "\n")
     else:
         import rich
 
         rich.print(found)
-
-
-def _load(model: str, device: str | None, dtype: str | None, no_pack: bool) -> "Assistant":
-    import torch
-
-    from qwen2audio_core.assistant import load
-
-    if model == "tiny":
-        _note("tiny is a small random model: it shows that everything runs, its words mean nothing")
-    kind = None if dtype is None else getattr(torch, dtype)
-    return load(model, device, kind, pack=False if no_pack else None)
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keep decoders written in C from printing to stderr; Python's own messages still arrive."""
-    sys.stderr.flush()
-    python, real = sys.stderr, os.dup(2)
-    silent = os.open(os.devnull, os.O_WRONLY)
-    try:
-        if python.fileno() == 2:
-            sys.stderr = os.fdopen(os.dup(real), "w", buffering=1)
-    except (OSError, ValueError):
-        pass  # already redirected by whoever runs us
-    os.dup2(silent, 2)
-    try:
-        yield
-    finally:
-        sys.stderr.flush()
-        sys.stderr = python
-        os.dup2(real, 2)
-        os.close(real)
-        os.close(silent)
-
-
-def _note(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def expand_clips(words: list[str]) -> list[str]:
@@ -440,8 +382,6 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to flush
         code = 128 + 13  # as if ended by SIGPIPE
     except (MemoryError, RuntimeError) as error:
-        from qwen2audio_core.talk import memory_line
-
         line = memory_line(error)
         if line is None:
             raise
@@ -450,7 +390,7 @@ def main() -> NoReturn:
         what = f"{error.filename}: " if error.filename else ""
         code = _fail(what + (error.strerror or str(error) or type(error).__name__))
     if code == 130:  # Ctrl-C, which typer may have caught itself
-        _note("\ninterrupted")
+        note("\ninterrupted")
     sys.exit(code or 0)
 
 

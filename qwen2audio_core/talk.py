@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 from qwen2audio_core.assistant import Assistant, Turn
 from qwen2audio_core.audio_files import source_name
 from qwen2audio_core.errors import InputError, PromptError
+from qwen2audio_core.terminal import URLS, memory_line, printable
 
 HELP = """\
 /audio FILE     add a clip to your next turn (as often as you like)
@@ -33,8 +33,6 @@ RECORDERS = (
     ("arecord", "-q", "-f", "S16_LE", "-r", "16000", "-c", "1", "-t", "wav"),
     ("rec", "-q", "-r", "16000", "-c", "1", "-b", "16"),
 )
-
-URLS = ("http://", "https://", "data:", "file://")
 
 
 class Talk:
@@ -214,17 +212,3 @@ def file_name(text: str) -> str:
         words = []
     plain = len(words) != 1 or os.path.isfile(text)
     return os.path.expanduser(text if plain else words[0])
-
-
-def printable(text: str) -> str:
-    """Text without the control characters that could drive a terminal; newlines and tabs stay."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
-
-
-def memory_line(error: BaseException) -> str | None:
-    """What to tell a person whose memory is full; None for any other error."""
-    if isinstance(error, MemoryError):
-        return "out of memory: try --dtype bfloat16, a shorter clip, or a smaller model"
-    if re.search("out of memory|allocate memory", str(error), re.I):
-        return f"out of memory: {str(error).splitlines()[0]}"
-    return None

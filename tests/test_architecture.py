@@ -19,18 +19,17 @@ CORE, KERNELS = "qwen2audio_core", "qwen2audio_kernels"
 
 # A file or folder of the core may import those of a smaller number.
 LAYERS = {
-    **dict.fromkeys(("config", "errors", "ops"), 0),
+    **dict.fromkeys(("config", "errors", "ops", "options"), 0),
     **dict.fromkeys(("hub", "audio", "audio_files", "frontend"), 1),
     **dict.fromkeys(("cache", "linear", "encoder", "projector", "decoder"), 1),
     "model": 2,
     **dict.fromkeys(
         ("weights", "saving", "quantize", "tokenizer", "chat", "sampling", "backends"), 3
     ),
-    **dict.fromkeys(
-        ("generate", "packing", "prefix_cache", "slots", "engine", "probe", "tiny", "assistant"), 4
-    ),
+    **dict.fromkeys(("generate", "packing", "prefix_cache", "slots", "engine", "probe", "tiny"), 4),
+    **dict.fromkeys(("assistant", "terminal"), 4),
     **dict.fromkeys(("talk", "transcribe", "compare", "info", "__init__"), 5),
-    **dict.fromkeys(("training", "evaluation", "web"), 5),
+    **dict.fromkeys(("training", "evaluation", "web", "serving", "inspect"), 5),
     "cli": 6,
 }
 # The only imports between neighbours of one layer: (who, whom).
@@ -46,6 +45,7 @@ SIDEWAYS = {
     ("weights", "sampling"),
     ("saving", "weights"),
     ("assistant", "generate"),
+    ("terminal", "assistant"),
     ("assistant", "tiny"),
     ("slots", "packing"),
     ("engine", "generate"),
@@ -59,6 +59,7 @@ EAGER = {
     "audio_files": {"numpy"},
     "weights": {"safetensors"},
     "cli": {"typer"},
+    "options": {"typer"},
 }
 INSIDE = {
     "audio": {"soxr", "torchaudio"},

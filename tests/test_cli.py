@@ -254,7 +254,7 @@ def test_an_operating_system_error_is_one_line(run, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "/disk")
 
-    monkeypatch.setattr(cli, "_load", full)
+    monkeypatch.setattr(cli, "load", full)
     assert failure(run("ask", "x")) == "error: /disk: No space left on device"
 
 
