@@ -42,6 +42,7 @@ def load(
     sampling_rate: int | None = None,
     resampler: str = "soxr",
     name: str | None = None,
+    max_seconds: float | None = None,
 ) -> Tensor:
     """Read sound from almost anything.
 
@@ -55,9 +56,11 @@ def load(
                    "torchaudio": a windowed sinc in PyTorch; a tensor stays on its device and keeps
                    its gradient; holds the whole clip at its first rate too
     name           what to call the clip in messages
+    max_seconds    refuse anything longer, without decoding the rest of it
     returns        (N,) float32, mono (mean of the channels), 16 kHz, N >= 1
     errors         AudioError, one line: not found, not audio, broken, cut short, empty, NaN or
-                   infinite samples, longer than 12 hours, too large or too slow a download
+                   infinite samples, longer than max_seconds or 12 hours, too large or too slow a
+                   download
 
     A URL is fetched with this machine's own network rights: do not pass on those of strangers.
     """
@@ -67,8 +70,9 @@ def load(
     if isinstance(source, (Tensor, np.ndarray, list, tuple)):
         rate = _checked_rate(sampling_rate, name)
         if isinstance(source, Tensor) and resampler == "torchaudio":
-            return _load_tensor(source, rate, name)
-        return _assemble(_array_blocks(_to_numpy(source, name), rate, name), resampler, name)
+            return _load_tensor(source, rate, name, max_seconds)
+        blocks = _array_blocks(_to_numpy(source, name), rate, name)
+        return _assemble(blocks, resampler, name, max_seconds)
     if sampling_rate is not None:
         raise AudioError(
             f"{name}: sampling_rate is for arrays, a file states its own: leave it out"
@@ -77,10 +81,10 @@ def load(
         audio_files.open_source(source, name) as file,
         closing(audio_files.decode(file, name)) as blocks,
     ):
-        return _assemble(blocks, resampler, name)
+        return _assemble(blocks, resampler, name, max_seconds)
 
 
-def _assemble(blocks: Blocks, resampler: str, name: str) -> Tensor:
+def _assemble(blocks: Blocks, resampler: str, name: str, max_seconds: float | None) -> Tensor:
     pcm = bytearray()  # grows in place, where concatenating a list would hold the clip twice
     rate, heard, stream = SAMPLE_RATE, 0, None
     for block_rate, samples in blocks:
@@ -93,7 +97,7 @@ def _assemble(blocks: Blocks, resampler: str, name: str) -> Tensor:
         if not good.all():
             raise _not_finite(name, (heard + int(good.argmin())) / rate)
         heard += len(mono)
-        audio_files.check_hours(heard / rate, name)
+        _check_seconds(heard / rate, name, max_seconds)
         if rate != SAMPLE_RATE and resampler == "soxr":
             stream = stream or _soxr_stream(rate)
             mono = stream.resample_chunk(mono)
@@ -136,6 +140,12 @@ def _resample_torchaudio(waveform: Tensor, rate: int) -> Tensor:
         resampling_method="sinc_interp_kaiser",
         beta=14.769656459379492,
     )
+
+
+def _check_seconds(seconds: float, name: str, limit: float | None) -> None:
+    if limit is not None and seconds > limit:
+        raise AudioError(f"{name}: longer than the {limit:g} s allowed here: cut it first")
+    audio_files.check_hours(seconds, name)
 
 
 def _not_finite(name: str, second: float) -> AudioError:
@@ -210,7 +220,7 @@ def _to_float(samples: np.ndarray, name: str) -> np.ndarray:
     return samples.astype(np.float32) / np.float32(half)
 
 
-def _load_tensor(source: Tensor, rate: int, name: str) -> Tensor:
+def _load_tensor(source: Tensor, rate: int, name: str, max_seconds: float | None) -> Tensor:
     if source.is_floating_point():
         waveform = source.float()
     else:
@@ -223,7 +233,7 @@ def _load_tensor(source: Tensor, rate: int, name: str) -> Tensor:
     bad = ~(waveform.detach().abs() <= MAX_AMPLITUDE)
     if bad.any():
         raise _not_finite(name, int(bad.nonzero()[0]) / rate)
-    audio_files.check_hours(len(waveform) / rate, name)
+    _check_seconds(len(waveform) / rate, name, max_seconds)
     return waveform if rate == SAMPLE_RATE else _resample_torchaudio(waveform, rate)
 
 

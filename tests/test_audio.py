@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -462,6 +463,32 @@ def test_more_than_twelve_hours(monkeypatch: pytest.MonkeyPatch) -> None:
     refused(noise(16_001), "longer than", sampling_rate=16_000)
     refused(torch.zeros(16_001), "longer", sampling_rate=16_000, resampler="torchaudio")
     assert len(audio.load(encode(noise(16_000)))) == 16_000
+
+
+def test_a_limit_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that unpacks to hours is given up after the block that passes the limit."""
+    exact = encode(noise(16_000))
+    assert len(audio.load(exact, max_seconds=1.0)) == 16_000
+    allowed = "longer than the 1 s allowed here"
+    refused(encode(noise(16_001)), allowed, max_seconds=1.0)
+    refused(noise(16_001), allowed, max_seconds=1.0, sampling_rate=16_000)
+    samples = torch.from_numpy(noise(16_001))
+    if find_spec("torchaudio"):
+        refused(samples, allowed, max_seconds=1.0, sampling_rate=16_000, resampler="torchaudio")
+    decoded = 0
+    whole = audio_files.decode
+
+    def counting(*arguments: object) -> audio_files.Blocks:
+        nonlocal decoded
+        for rate, block in whole(*arguments):
+            decoded += len(block)
+            yield rate, block
+
+    monkeypatch.setattr(audio_files, "BLOCK_SAMPLES", 16_000)
+    monkeypatch.setattr(audio_files, "decode", counting)
+    packed = encode(np.zeros(16_000 * 60, np.float32), format="FLAC", subtype="PCM_16")
+    refused(packed, allowed, max_seconds=1.0)
+    assert decoded == 32_000
 
 
 @pytest.mark.slow
