@@ -20,7 +20,7 @@ from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.generate import Generation
 from qwen2audio_core.linear import Linear, why_not_packed
 from qwen2audio_core.model import Qwen2Audio
-from qwen2audio_core.sampling import Settings
+from qwen2audio_core.sampling import Likelihood, Settings
 from qwen2audio_core.tokenizer import TextStream, Tokenizer
 
 Message = dict[str, Any]
@@ -35,6 +35,7 @@ class Reply:
     ids: list[int] = field(default_factory=list)  # with the end token, if the model wrote one
     finish_reason: str = ""  # "stop": end token or stop string; "length": max_new_tokens or context
     seconds: dict[str, float] = field(default_factory=dict)  # encode, prefill, decode of its batch
+    logprobs: list[Likelihood] = field(default_factory=list)  # of each id, where asked for
 
     def __str__(self) -> str:
         return self.text
@@ -76,6 +77,7 @@ class Stream:
                     piece += writer.finish()
                 reply.text += piece
                 reply.ids, reply.finish_reason = answer.ids, answer.finish_reason
+                reply.logprobs = answer.logprobs
                 reply.seconds = self._run.seconds
                 if piece:
                     yield row, piece
@@ -97,6 +99,12 @@ class StopWriter:
             raise InputError("a stop string is empty: it would end every answer at once")
         self._text = TextStream(tokenizer)
         self._held = ""  # might be the beginning of a stop string
+        self._shown = 0  # characters
+
+    @property
+    def reach(self) -> int:
+        """Characters of the answer so far, those held back among them."""
+        return self._shown + len(self._held)
 
     def push(self, token: int) -> str:
         """The text that this id makes certain."""
@@ -105,6 +113,7 @@ class StopWriter:
     def finish(self) -> str:
         """What was still held back."""
         piece = self._release(self._text.finish()) + self._held
+        self._shown += len(self._held)
         self._held = ""
         return piece
 
@@ -114,11 +123,13 @@ class StopWriter:
         text = self._held + piece
         found = [place for place in map(text.find, self._stop) if place >= 0]
         if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            self.stopped, sure = True, min(found)
+            self._held = ""
+        else:
+            sure = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
+            self._held = text[sure:]
+        self._shown += sure
+        return text[:sure]
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -135,6 +146,7 @@ class Assistant:
                   change the checkpoint's settings; giving temperature, top_k or top_p samples
         seed      makes sampling repeatable
         stop      a string, or several, that end an answer; they are not part of it
+        logprobs  also give each id's Likelihood, with so many alternatives
         system    replaces the published system prompt
         long      what to do with a clip of more than 30 s: "split", "cut" or "error"
         notice    called with one line for everything worth knowing, such as a split
@@ -232,6 +244,7 @@ class Assistant:
         answers: int = 1,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
         **changes: Any,
     ) -> Stream:
         """Answer encoded prompts in one batch: all answers to the first, then to the second, ..."""
@@ -239,7 +252,7 @@ class Assistant:
         bins = self.model.config.audio.num_mel_bins
         batch = chat.collate(prompts, settings.pad_token_id, num_mel_bins=bins, device=self.device)
         writers = [StopWriter(self.tokenizer, stop) for _ in range(len(prompts) * answers)]
-        run = Generation(self.model, batch, settings, answers, seed)
+        run = Generation(self.model, batch, settings, answers, seed, logprobs)
         replies = [Reply(prompts[row // answers]) for row in range(len(run.answers))]
         return Stream(run, replies, writers)
 

@@ -34,24 +34,35 @@ from qwen2audio_core.generate import Answer
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.packing import pack
 from qwen2audio_core.prefix_cache import WORTH, Beginning, PrefixCache, digest, runs
-from qwen2audio_core.sampling import Settings
-from qwen2audio_core.slots import MAX_ENDS, Job, Slots, record_graph
+from qwen2audio_core.sampling import Likelihood, Settings
+from qwen2audio_core.slots import MAX_ENDS, MAX_TOP, Job, Slots, record_graph
 
 OnToken = Callable[[int], bool | None]
+OnEnd = Callable[["Request"], None]
 
 
 class Request:
     """One conversation being answered. Iterate over it for the ids, or wait for `result`.
 
     ids            written so far, the end token among them when the model wrote it
+    logprobs       Likelihood of each id, where they were asked for
     finish_reason  "stop": an end token or the caller; "length": out of tokens; "cancelled";
                    "error", which iterating and `result` raise; "" while it runs
     reused         ids of the prompt that came from the prefix cache
     seconds        {"wait", "prefill", "decode"}, how long each took
     """
 
-    def __init__(self, engine: "Engine", job: Job, beginning: Beginning, on_token: OnToken | None):
+    def __init__(
+        self,
+        engine: "Engine",
+        job: Job,
+        beginning: Beginning,
+        on_token: OnToken | None,
+        on_end: OnEnd | None,
+        top: int,
+    ):
         self.ids: list[int] = []
+        self.logprobs: list[Likelihood] = []
         self.finish_reason = ""
         self.error: Exception | None = None
         self.reused = 0
@@ -60,7 +71,8 @@ class Request:
         self._job = job
         self._clips = job.clips
         self._beginning = beginning
-        self._on_token = on_token
+        self._on_token, self._on_end = on_token, on_end
+        self._top = top  # alternatives to each id
         self._wanted_end = ""  # what the caller asked for
         self._news = threading.Condition()
         self._since = time.perf_counter()
@@ -81,7 +93,7 @@ class Request:
         self._wait(lambda: bool(self.finish_reason), timeout)
         if self.error is not None:
             raise self.error
-        return Answer(list(self.ids), self.finish_reason)
+        return Answer(list(self.ids), self.finish_reason, list(self.logprobs))
 
     def finish(self) -> None:
         """End it here for the caller's own reason, such as a stop string: finish_reason "stop"."""
@@ -118,6 +130,8 @@ class Request:
             self._stage("decode" if self.ids else "prefill")
             self.finish_reason, self.error = reason, error
             self._news.notify_all()
+        if self._on_end is not None:
+            self._on_end(self)
 
 
 class Engine:
@@ -197,6 +211,21 @@ class Engine:
     def has_worker(self) -> bool:
         return self._thread is not None
 
+    @property
+    def open(self) -> bool:
+        """Whether it takes requests: neither closed nor ended by a fault of its own."""
+        return not self._closed
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return len(self._waiting)
+
+    @property
+    def active(self) -> int:
+        """Slots in use."""
+        return len(self._active)
+
     # --- from any thread --------------------------------------------------------------------------
 
     def submit(
@@ -205,17 +234,25 @@ class Engine:
         settings: Settings,
         seed: int | None = None,
         on_token: OnToken | None = None,
+        on_end: OnEnd | None = None,
+        logprobs: int | None = None,
     ) -> Request:
         """Queue a conversation.
 
         seed      for sampling, independent of what else is answered; None draws one from PyTorch
         on_token  called from the engine's thread with every id; returning True ends the answer
+        on_end    called once with the request when it has ended, in whatever way, from the
+                  engine's thread or the one that cancelled it. It must not raise
+        logprobs  also give each id's Likelihood, with so many alternatives (0 to 20)
         errors    PromptError for a prompt that is not one, InputError for one that cannot fit
         """
         job, clips = self._job(prompt, settings, seed)
+        if logprobs is not None and not 0 <= logprobs <= MAX_TOP:
+            raise InputError(f"logprobs is {logprobs}, it must be 0 to {MAX_TOP}")
+        job.logprobs = logprobs is not None
         digests = [digest(clip) for clip in prompt.clips] if self.prefixes.limit else []
         beginning = Beginning(prompt.ids, list(zip([at for at, _ in clips], digests, strict=False)))
-        request = Request(self, job, beginning, on_token)
+        request = Request(self, job, beginning, on_token, on_end, logprobs or 0)
         with self._changed:
             if self._closed:
                 raise InputError("the engine is closed")
@@ -290,11 +327,13 @@ class Engine:
 
     def _end(self, request: Request, reason: str) -> None:
         with self._changed:
-            if request in self._waiting:
+            waits = request in self._waiting
+            if waits:
                 self._waiting.remove(request)
-                request._close(reason)
             elif not request.finish_reason:
                 request._wanted_end = reason
+        if waits:
+            request._close(reason)
 
     # --- in the engine's thread -------------------------------------------------------------------
 
@@ -398,6 +437,8 @@ class Engine:
             try:
                 if failure is not None:
                     raise failure
+                if request._job.logprobs:
+                    request.logprobs.append(self.slots.likelihood(row, request._top))
                 request._write(token)
             except Exception as error:  # the caller's function, or this row's logits
                 ends[row] = "error", error

@@ -11,7 +11,7 @@ from qwen2audio_core.cache import KVCache
 from qwen2audio_core.chat import Batch
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.model import Qwen2Audio
-from qwen2audio_core.sampling import Settings, choose
+from qwen2audio_core.sampling import Likelihood, Settings, choose, log_probabilities
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Answer:
     finish_reason: str = (
         ""  # "stop": an end token or the caller; "length": out of tokens; "": running
     )
+    logprobs: list[Likelihood] = field(default_factory=list)  # of each id, where asked for
 
 
 class Generation:
@@ -34,6 +35,7 @@ class Generation:
     answers  how many for each prompt; rows of prompt i are i * answers ... (i + 1) * answers - 1.
              The prompt and its clips are read once.
     seed     for sampling; None draws from PyTorch's global generator
+    logprobs also write down each id's Likelihood, with so many alternatives; None does not
     seconds  how long it took so far: {"encode", "prefill", "decode"}
     """
 
@@ -44,13 +46,18 @@ class Generation:
         settings: Settings,
         answers: int = 1,
         seed: int | None = None,
+        logprobs: int | None = None,
     ):
         if answers < 1:
             raise InputError(f"answers is {answers}, it must be at least 1")
         if seed is not None and not 0 <= seed < 2**63:
             raise InputError(f"seed is {seed}, it must be 0 to {2**63 - 1}")
+        words = model.config.text.vocab_size
+        if logprobs is not None and not 0 <= logprobs <= words:
+            raise InputError(f"logprobs is {logprobs}, it must be 0 to {words}")
         self.model = model
         self.settings = settings
+        self.logprobs = logprobs
         weight = model.language_model.lm_head.weight
         self.device = device = weight.device
         self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
@@ -94,10 +101,12 @@ class Generation:
         with torch.inference_mode(), self._timed("decode"):
             tokens = self._next()
         news = []
+        likelihoods = self._weigh(tokens)
         for row, (answer, token) in enumerate(zip(self.answers, tokens, strict=True)):
             if answer.finish_reason:
                 continue
             answer.ids.append(token)
+            answer.logprobs += likelihoods[row : row + 1]
             news.append((row, token))
             if token in self.settings.eos_token_ids:
                 answer.finish_reason = "stop"
@@ -116,6 +125,15 @@ class Generation:
         self.history = torch.cat((self.history, tokens[:, None]), dim=1)
         self.written += 1
         return tokens.tolist()
+
+    def _weigh(self, tokens: list[int]) -> list[Likelihood]:
+        if self.logprobs is None:
+            return []
+        chosen = torch.tensor(tokens, device=self.device)
+        with torch.inference_mode():
+            of_them, highest, ids = log_probabilities(self.logits, chosen, self.logprobs)
+        rows = zip(of_them.tolist(), ids.tolist(), highest.tolist(), strict=True)
+        return [Likelihood(one, list(zip(*top, strict=True))) for one, *top in rows]
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -44,6 +44,17 @@ class Settings:
                 raise InputError(f"{name} is {value!r}, it must be {expected}")
 
 
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely the model found a token it wrote, and which others it found likely.
+
+    Natural logarithms of the model's own probabilities, before penalty, temperature and cuts.
+    """
+
+    logprob: float
+    top: list[tuple[int, float]]  # (id, logprob) of the likeliest, falling
+
+
 def choose(
     logits: Tensor,
     history: Tensor,
@@ -73,6 +84,17 @@ def choose(
     if settings.top_p < 1.0:
         scores = keep_top_p(scores, settings.top_p)
     return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """log p(token) = logit - log(sum(exp(logits))), in float32.
+
+    logits (B, V), tokens (B,) -> (B,) of the tokens; (B, top) of the likeliest, falling; their ids
+    """
+    scores = logits.float()
+    total = scores.logsumexp(-1, keepdim=True)
+    highest, ids = scores.topk(top)
+    return (scores.gather(1, tokens[:, None]) - total)[:, 0], highest - total, ids
 
 
 def penalise_repetition(scores: Tensor, history: Tensor, penalty: float) -> Tensor:

@@ -27,9 +27,10 @@ from qwen2audio_core.encoder import EncoderLayer
 from qwen2audio_core.frontend import clip_lengths, log_mel
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.packing import Projection, projection
-from qwen2audio_core.sampling import Settings, choose
+from qwen2audio_core.sampling import Likelihood, Settings, choose, log_probabilities
 
 MAX_ENDS = 16  # end tokens a conversation can have
+MAX_TOP = 20  # alternatives to a token whose log-probabilities can be asked for
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # of recorded steps; fewer conversations run in the next larger one
 SHORTEST = 256  # positions that the shortest recorded step attends over; then every power of two
 
@@ -212,9 +213,10 @@ class Layer:
 class Job:
     """A conversation to be read into a slot.
 
-    ids     the prompt (T); the first `start` ids are in the slot's cache already
-    clips   waveforms of the places for audio behind `start`, the first of which may begin before it
-    budget  most ids it may write
+    ids       the prompt (T); the first `start` ids are in the slot's cache already
+    clips     waveforms of the places for audio behind `start`; the first may begin before it
+    budget    most ids it may write
+    logprobs  whether `likelihood` will be asked for
     """
 
     row: int
@@ -224,6 +226,7 @@ class Job:
     budget: int
     seed: int
     start: int = 0
+    logprobs: bool = False
 
 
 class Slots:
@@ -301,6 +304,10 @@ class Slots:
         self.ends = state(slots, MAX_ENDS, fill=-1)
         self.ended = state(slots, fill=True)
         self._news = state(2, slots)  # last ids, and whether their rows ended
+        self._top = min(MAX_TOP, text.vocab_size)
+        # Log-probabilities of the last ids, each followed by those of the likeliest.
+        self._logprobs = torch.zeros(slots, 1 + self._top, device=device)
+        self._likeliest = state(slots, self._top)
         self._row_numbers = torch.arange(slots, device=device)
         self.logits: Tensor | None = None  # of the last prefill or unrecorded step, to look at
         self.failures: dict[int, Exception] = {}  # row -> why nothing could be drawn there
@@ -310,8 +317,10 @@ class Slots:
         else:
             vocabulary = text.vocab_size
             self.sampler = DeviceSampler(slots, capacity, vocabulary, device, kernels.sample)
-        self._known = [0] * slots  # the lengths, so that asking for them needs no waiting
-        self._recorded: dict[tuple[int, int], Callable[[], None]] = {}
+        # The lengths, and who wants log-probabilities: on the host, so that asking does not wait.
+        self._known = [0] * slots
+        self._weighed = [False] * slots
+        self._recorded: dict[tuple[int, int, bool], Callable[[], None]] = {}
 
     # --- a conversation enters, moves and leaves --------------------------------------------------
 
@@ -348,6 +357,8 @@ class Slots:
         for i, job in enumerate(jobs):
             rows = slice(job.row, job.row + 1)
             self._append(self.logits[i : i + 1], rows)
+            if job.logprobs:
+                self._weigh(self.logits[i : i + 1], rows)
             news += self._tell(rows)
         return news
 
@@ -364,6 +375,7 @@ class Slots:
         ends += ends[:1] * (MAX_ENDS - len(ends))
         self.ends[row] = torch.tensor(ends, device=self.device)
         self.ended[row] = False
+        self._weighed[row] = job.logprobs
         self.sampler.place(row, ids, job.settings, job.budget, job.seed)
 
     def move(self, source: int, target: int) -> None:
@@ -371,7 +383,7 @@ class Slots:
         self.cache.move(source, target, self._known[source])
         for tensor in (self.ids, self.lengths, self.written, self.budget, self.ends, self.ended):
             tensor[target] = tensor[source]
-        self._known[target] = self._known[source]
+        self._known[target], self._weighed[target] = self._known[source], self._weighed[source]
         self.sampler.move(source, target)
 
     def clear(self, row: int) -> None:
@@ -380,44 +392,56 @@ class Slots:
             tensor[:, row, : self._known[row] + 1] = 0
         self.ended[row] = True
         self.lengths[row] = self._known[row] = 0
+        self._weighed[row] = False
 
     # --- the step ---------------------------------------------------------------------------------
 
     def step(self, count: int) -> list[tuple[int, bool]]:
         """Write one id in each of the first `count` slots; returns it, and whether it was last."""
         longest = max(self._known[:count]) + 1
+        weigh = any(self._weighed[:count])
         if self._record is not None:
-            self._replay(count, longest)
+            self._replay(count, longest, weigh)
         elif self._deterministic and self._kernels is None:
             # Library products add up in an order that depends on their shape: give all rows one.
             for row, length in enumerate(self._known[:count]):
-                self._step(slice(row, row + 1), length + 1, even=True)
+                self._step(slice(row, row + 1), length + 1, True, weigh)
         else:
-            self._step(slice(0, count), longest, even=min(self._known[:count]) + 1 == longest)
+            even = min(self._known[:count]) + 1 == longest
+            self._step(slice(0, count), longest, even, weigh)
         news = self._tell(slice(0, count))
         self._known[:count] = [length + 1 for length in self._known[:count]]
         return news
 
-    def _replay(self, count: int, longest: int) -> None:
+    def likelihood(self, row: int, top: int) -> Likelihood:
+        """Of the id written last in a row whose job asked for it, with `top` alternatives."""
+        chosen, *values = self._logprobs[row, : 1 + top].tolist()
+        ids = self._likeliest[row, :top].tolist()
+        return Likelihood(chosen, list(zip(ids, values, strict=True)))
+
+    def _replay(self, count: int, longest: int, weigh: bool) -> None:
         """Run the smallest recorded step that holds so many rows and positions."""
         rows = min(next((n for n in ROWS if n >= count), self.count), self.count)
         span = SHORTEST
         while span < longest:
             span *= 2
-        key = (rows, min(span, self.capacity))
+        key = (rows, min(span, self.capacity), weigh)
         if key not in self._recorded:
             assert self._record is not None
             # Recording runs the step a few times: with every row ended, that changes nothing.
             ended = self.ended.clone()
             self.ended.fill_(True)
-            self._recorded[key] = self._record(lambda: self._step(slice(0, rows), key[1], False))
+            self._recorded[key] = self._record(
+                lambda: self._step(slice(0, rows), key[1], False, weigh)
+            )
             self.ended.copy_(ended)
         self._recorded[key]()
 
-    def _step(self, rows: slice, span: int, even: bool) -> None:
+    def _step(self, rows: slice, span: int, even: bool, weigh: bool = False) -> None:
         """One id in a range of rows, attending over the first `span` positions.
 
-        even  every row's length is span - 1, so that nothing needs to be hidden
+        even   every row's length is span - 1, so that nothing needs to be hidden
+        weigh  also work out the log-probabilities
         """
         positions = self.lengths[rows].clone()  # (n,)
         alive = ~self.ended[rows]
@@ -446,6 +470,8 @@ class Slots:
         self.lengths[rows] += alive
         self.logits = self.head(self.trunk.norm(x[:, 0]))
         self._append(self.logits, rows)
+        if weigh:
+            self._weigh(self.logits, rows)
 
     def _append(self, logits: Tensor, rows: slice) -> None:
         """Draw the next ids from logits (n, V), put them behind what was read, set the flags."""
@@ -459,6 +485,13 @@ class Slots:
         self.ended[rows] |= stop | (self.written[rows] >= self.budget[rows])
         self._news[0, rows] = tokens
         self._news[1, rows] = self.ended[rows].long()
+
+    def _weigh(self, logits: Tensor, rows: slice) -> None:
+        """Log-probabilities of what was drawn last from logits (n, V), for `likelihood`."""
+        chosen, highest, ids = log_probabilities(logits, self._news[0, rows], self._top)
+        self._logprobs[rows, 0] = chosen
+        self._logprobs[rows, 1:] = highest
+        self._likeliest[rows] = ids
 
     def _tell(self, rows: slice) -> list[tuple[int, bool]]:
         tokens, ended = self._news[:, rows].tolist()  # the one place that waits for the device

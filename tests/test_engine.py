@@ -183,6 +183,40 @@ def test_ends_budgets_and_least_lengths(assistant):
             assert set(request.seconds) == {"wait", "prefill", "decode"}
 
 
+def agree(ours, theirs):
+    """Two lists of Likelihood, up to the rounding of float32."""
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=2e-3)
+        assert [i for i, _ in one.top] == [i for i, _ in other.top]
+        assert [p for _, p in one.top] == pytest.approx([p for _, p in other.top], abs=2e-3)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_log_probabilities_of_whom_asks_for_them(assistant, deterministic):
+    prompts = mixed(assistant, 5)
+    wanted = [3, None, 0, 20, None]
+    with engine_of(assistant, max_batch=3, deterministic=deterministic) as engine:
+        requests = [
+            engine.submit(prompt, DRAWN, seed=i, logprobs=top)
+            for i, (prompt, top) in enumerate(zip(prompts, wanted, strict=True))
+        ]
+        for i, (request, top) in enumerate(zip(requests, wanted, strict=True)):
+            answer = request.result()
+            batch = chat.collate([prompts[i]], 0)
+            run = Generation(assistant.model, batch, DRAWN, seed=i, logprobs=top)
+            while run.running:
+                run.step()
+            assert answer.ids == run.answers[0].ids
+            if top is None:
+                assert answer.logprobs == []
+            else:
+                agree(answer.logprobs, run.answers[0].logprobs)
+        for top in (-1, 21):
+            with pytest.raises(InputError, match=f"logprobs is {top}"):
+                engine.submit(prompts[0], DRAWN, logprobs=top)
+
+
 def test_logits_in_bfloat16_are_as_close_as_generates(assistant):
     """Every step's logits on the same ids, by the three-way rule."""
     prompts = mixed(assistant, 4)
@@ -333,6 +367,33 @@ def test_a_recorded_step_replays_as_it_runs(assistant, int8):
         for prompt, one, (ids, _) in zip(prompts, settings, found[0], strict=True):
             if not one.do_sample:
                 assert ids == alone(assistant.model, prompt, one).ids
+
+
+def test_a_recorded_step_weighs_what_it_drew(assistant):
+    """One recording with log-probabilities and one without, taken by turns."""
+    prompts = mixed(assistant, 3)
+    model = fresh()
+    pack(model)
+    with engine_of(assistant, max_batch=3, max_tokens=1024) as engine:
+        slots = engine.slots = Slots(model, 3, 1024, kernels=PLAIN, record=record_tape)
+        first = engine.submit(prompts[0], GREEDY)
+        engine.advance()
+        short = replace(GREEDY, max_new_tokens=5)
+        second = engine.submit(prompts[1], short, logprobs=4)
+        second.result()
+        third = engine.submit(prompts[2], short, logprobs=2)
+        for request, prompt, settings, top in (
+            (first, prompts[0], GREEDY, None),
+            (second, prompts[1], short, 4),
+            (third, prompts[2], short, 2),
+        ):
+            run = Generation(model, chat.collate([prompt], 0), settings, logprobs=top)
+            while run.running:
+                run.step()
+            assert request.result().ids == run.answers[0].ids
+            if top is not None:
+                agree(request.result().logprobs, run.answers[0].logprobs)
+    assert {weigh for _, _, weigh in slots._recorded} == {True, False}
 
 
 def watch(slots):
@@ -643,6 +704,38 @@ def test_the_caller_ends_an_answer(assistant):
                 two.finish()
         assert one.ids == seen and len(seen) == 3 and one.finish_reason == "stop"
         assert len(got) == 5 and two.finish_reason == "stop"
+
+
+def test_the_end_is_told_once_however_it_comes(assistant, monkeypatch):
+    prompts = mixed(assistant, 6)
+    told = []
+
+    def submit(engine, i, **options):
+        settings = replace(GREEDY, max_new_tokens=4)
+        return engine.submit(prompts[i], settings, on_end=told.append, **options)
+
+    with engine_of(assistant, max_batch=4, prefix_bytes=0) as engine:
+        assert engine.open and (engine.active, engine.waiting) == (0, 0)
+        length = submit(engine, 0)
+        stopped = submit(engine, 1, on_token=lambda token: True)
+        broken = submit(engine, 2, on_token=lambda token: {}[token])
+        cancelled = submit(engine, 3)
+        queued = submit(engine, 4)
+        assert (engine.active, engine.waiting) == (0, 5)
+        queued.cancel()
+        queued.cancel()
+        assert told == [queued]
+        engine.advance()
+        assert (engine.active, engine.waiting) == (2, 0) and set(told) == {queued, stopped, broken}
+        cancelled.cancel()
+        length.result()
+        left = submit(engine, 5)
+        engine.advance()
+    assert not engine.open and engine.active == 0
+    assert len(told) == 6 and [request.finish_reason for request in told[3:]] == [
+        *("cancelled", "length", "cancelled")
+    ]
+    assert set(told) == {length, stopped, broken, cancelled, queued, left}
 
 
 def test_an_error_in_one_request_is_its_own(assistant, monkeypatch):

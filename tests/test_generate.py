@@ -48,6 +48,35 @@ def test_a_row_stops_at_its_end_token_and_the_others_go_on(assistant):
         assert answer.finish_reason == ("length" if stop is None else "stop")
 
 
+def test_log_probabilities_are_those_of_the_whole_text_read_at_once(assistant):
+    """Whatever drew the ids: penalty, temperature and cuts leave them as the model gave them."""
+    settings = Settings(
+        max_new_tokens=6, eos_token_ids=(), do_sample=True, temperature=3.0, repetition_penalty=1.5
+    )
+    prompt = assistant.encode([user_turn("a", noise())])
+    batch = chat.collate([prompt], 0)
+    (answer,) = Generation(assistant.model, batch, settings, seed=1, logprobs=3).answers
+    assert answer.logprobs == []
+    run = Generation(assistant.model, batch, settings, answers=2, seed=1, logprobs=3)
+    while run.running:
+        run.step()
+        assert all(len(answer.logprobs) == len(answer.ids) for answer in run.answers)
+    for answer in run.answers:
+        with torch.inference_mode():
+            ids = torch.tensor([prompt.ids + answer.ids[:-1]])
+            logits = assistant.model(ids, batch.mel, batch.conv_frames)[0, len(prompt.ids) - 1 :]
+        expected = logits.log_softmax(-1)
+        for row, token, found in zip(expected, answer.ids, answer.logprobs, strict=True):
+            assert found.logprob == pytest.approx(row[token].item(), abs=1e-4)
+            best = row.topk(3)
+            assert [i for i, _ in found.top] == best.indices.tolist()
+            assert [p for _, p in found.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+    with pytest.raises(InputError, match="logprobs is -1"):
+        Generation(assistant.model, batch, settings, logprobs=-1)
+    reply = assistant.stream_prompts([prompt], max_new_tokens=4, logprobs=0).finished()[0]
+    assert len(reply.logprobs) == len(reply.ids) == 4 and reply.logprobs[0].top == []
+
+
 def test_the_prompt_does_not_count_and_the_context_does(assistant):
     batch = batch_of(assistant, "x" * 100)
     settings = Settings(max_new_tokens=3, eos_token_ids=())
@@ -149,6 +178,19 @@ def test_stop_strings(assistant, text, stop, expected, stopped):
 def test_only_what_might_be_a_stop_is_held_back(assistant):
     pieces, _ = written(assistant.tokenizer, "abcabd", ["abd"])
     assert pieces == ["", "", "abc", "", "", "", ""]
+
+
+def test_the_reach_of_a_text_counts_what_is_held_back(assistant):
+    writer = StopWriter(assistant.tokenizer, "stop")
+    shown, reaches = "", []
+    for token in assistant.tokenizer.encode("a sto b stop c"):
+        shown += writer.push(token)
+        reaches.append(writer.reach)
+        assert reaches[-1] >= len(shown)
+        if writer.stopped:
+            break
+    shown += writer.finish()
+    assert shown == "a sto b " and reaches == [*range(1, 12), 8] and writer.reach == 8
 
 
 def test_streamed_text_is_the_text_of_the_ids(assistant):

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from qwen2audio_core.errors import InputError
-from qwen2audio_core.sampling import Settings, choose, keep_top_k, keep_top_p, penalise_repetition
+from qwen2audio_core.sampling import (
+    Settings,
+    choose,
+    keep_top_k,
+    keep_top_p,
+    log_probabilities,
+    penalise_repetition,
+)
 
 INF = float("inf")
 GENERATOR = torch.Generator().manual_seed(0)
@@ -100,6 +107,23 @@ def test_no_end_before_the_minimum():
     settings = Settings(min_new_tokens=2, eos_token_ids=(1, 2))
     chosen = [choose(logits, torch.zeros(1, 1).long(), n, settings).item() for n in range(3)]
     assert chosen == [3, 3, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probabilities(dtype):
+    scores, tokens = SCORES.to(dtype), torch.tensor([7, 0, 999])
+    wide = scores.double().log_softmax(-1)
+    chosen, highest, ids = log_probabilities(scores, tokens, 5)
+    assert chosen.dtype == highest.dtype == torch.float32
+    torch.testing.assert_close(chosen.double(), wide[torch.arange(3), tokens], rtol=0, atol=1e-5)
+    torch.testing.assert_close(highest.double(), wide.topk(5).values, rtol=0, atol=1e-5)
+    assert torch.equal(highest, log_probabilities(scores, ids[:, 4], 5)[1])
+    torch.testing.assert_close(wide.gather(1, ids), highest.double(), rtol=0, atol=1e-5)
+    assert log_probabilities(scores, tokens, 0)[1].shape == (3, 0)
+    shut = scores.clone()
+    shut[:, 1:] = -INF
+    chosen, highest, _ = log_probabilities(shut, tokens, 2)
+    assert chosen.tolist() == [-INF, 0, -INF] and highest.tolist() == [[0, -INF]] * 3
 
 
 def test_half_precision_logits_are_compared_in_float32():
