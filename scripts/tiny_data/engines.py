@@ -1,0 +1,182 @@
+"""A small process that speaks: espeak-ng and flite through their C libraries, one request a line.
+
+    python engines.py < requests > answers       started and fed by speech.py, not by hand
+
+request  one line of JSON: {"engine", "name", "variant", "text", "rate", "pitch"}
+answer   one line of JSON: {"rate": samples/s, "bytes": n, "words": [[offset, length, ms], ...]}
+         and then n bytes of int16 samples; or {"error": "why"}
+
+Both libraries carry state from one sentence into the next (the phase of a trembling voice, the
+seed of its breath), so that a sentence would sound different after another one. Therefore each
+request is spoken in a fork of a process that has never spoken: equal requests, equal samples.
+Choosing a voice happens after the fork too: espeak-ng 1.51 now and then speaks garbage or crashes
+once it has changed voices often.
+Only the standard library is imported, which keeps the fork at about a millisecond.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import sys
+
+ESPEAK_RATE = 22_050
+FLITE_PITCH = {"kal": 95.0, "kal16": 95.0, "awb": 127.0, "rms": 105.0, "slt": 167.0}  # Hz
+FLITE_STRETCH = {"kal": 1.1, "kal16": 1.1}  # the voice's own duration factor, else 1
+
+
+class Event(ctypes.Structure):
+    """espeak_EVENT of speak_lib.h."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", ctypes.c_char * 8),
+    )
+
+
+class Wave(ctypes.Structure):
+    """cst_wave of flite."""
+
+    _fields_ = (
+        ("type", ctypes.c_char_p),
+        ("sample_rate", ctypes.c_int),
+        ("num_samples", ctypes.c_int),
+        ("num_channels", ctypes.c_int),
+        ("samples", ctypes.POINTER(ctypes.c_short)),
+    )
+
+
+class FliteVoice(ctypes.Structure):
+    """The first two fields of flite's cst_voice."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("features", ctypes.c_void_p))
+
+
+CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Event))
+
+
+def load(library: str, package: str) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        raise RuntimeError(
+            f"{library} is not installed (Debian and Ubuntu: apt install {package})"
+        ) from None
+
+
+class Espeak:
+    """libespeak-ng in its synchronous mode: samples come back through a callback."""
+
+    def __init__(self) -> None:
+        self.library = load("libespeak-ng.so.1", "espeak-ng")
+        synchronous = 2
+        if self.library.espeak_Initialize(synchronous, 0, None, 0) != ESPEAK_RATE:
+            raise RuntimeError("espeak-ng does not start: is its data (espeak-ng-data) installed?")
+        self.samples: list[bytes] = []
+        self.words: list[tuple[int, int, int]] = []
+        self.callback = CALLBACK(self.collect)  # kept: the library holds only the pointer
+        self.library.espeak_SetSynthCallback(self.callback)
+        self.library.espeak_ListVoices(None)  # reads two hundred files, better once than per fork
+
+    def collect(self, samples: int | None, count: int, events: "ctypes._Pointer[Event]") -> int:
+        if samples and count > 0:
+            self.samples.append(ctypes.string_at(samples, 2 * count))
+        i, word, end_of_list = 0, 1, 0
+        while events[i].type != end_of_list:
+            if events[i].type == word:
+                event = events[i]
+                self.words.append((event.text_position, event.length, event.audio_position))
+            i += 1
+        return 0
+
+    def speak(self, request: dict) -> tuple[int, bytes, list[tuple[int, int, int]]]:
+        voice = request["name"] + (f"+{request['variant']}" if request["variant"] else "")
+        if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise RuntimeError(f"espeak-ng has no voice {voice!r}")
+        rate, volume, pitch, utf8 = 1, 2, 3, 1
+        self.library.espeak_SetParameter(volume, 30, 0)  # of 100; above, some variants clip
+        self.library.espeak_SetParameter(rate, request["rate"], 0)
+        self.library.espeak_SetParameter(pitch, request["pitch"], 0)
+        text = request["text"].encode()
+        self.library.espeak_Synth(text, len(text) + 1, 0, 1, 0, utf8, None, None)
+        self.library.espeak_Synchronize()
+        return ESPEAK_RATE, b"".join(self.samples), self.words
+
+
+class Flite:
+    """libflite and the voices that come with it."""
+
+    def __init__(self) -> None:
+        self.library = load("libflite.so.1", "flite")
+        self.library.flite_init()
+        for name in ("libflite_usenglish.so.1", "libflite_cmulex.so.1"):
+            load(name, "flite")
+        self.library.flite_text_to_wave.restype = ctypes.POINTER(Wave)
+        self.library.flite_text_to_wave.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+        self.library.feat_set_float.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_float]
+        self.voices = {}
+        for name in FLITE_PITCH:
+            voice = load(f"libflite_cmu_us_{name}.so.1", "flite")
+            register = getattr(voice, f"register_cmu_us_{name}")
+            register.restype = ctypes.POINTER(FliteVoice)
+            register.argtypes = [ctypes.c_char_p]
+            self.voices[name] = register(None)
+
+    def speak(self, request: dict) -> tuple[int, bytes, list[tuple[int, int, int]]]:
+        name = request["name"]
+        if name not in self.voices:
+            raise RuntimeError(f"flite has no voice {name!r} (known: {', '.join(self.voices)})")
+        voice = self.voices[name]
+        stretch = FLITE_STRETCH.get(name, 1.0) * 160 / request["rate"]
+        hertz = FLITE_PITCH[name] * 2 ** ((request["pitch"] - 50) / 100)
+        features = voice.contents.features
+        self.library.feat_set_float(features, b"duration_stretch", stretch)
+        self.library.feat_set_float(features, b"int_f0_target_mean", hertz)
+        wave = self.library.flite_text_to_wave(request["text"].encode(), voice).contents
+        return wave.sample_rate, ctypes.string_at(wave.samples, 2 * wave.num_samples), []
+
+
+def write(data: bytes) -> None:
+    while data:
+        data = data[os.write(1, data) :]
+
+
+def error(text: str) -> bytes:
+    return json.dumps({"error": text}).encode() + b"\n"
+
+
+def serve() -> None:
+    kinds = {"espeak": Espeak, "flite": Flite}
+    engines: dict[str, Espeak | Flite] = {}
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        name = request["engine"]
+        try:
+            if name not in engines:
+                engines[name] = kinds[name]()
+                gc.freeze()
+        except RuntimeError as wrong:
+            write(error(str(wrong)))
+            continue
+        child = os.fork()
+        if child == 0:
+            try:
+                rate, samples, words = engines[name].speak(request)
+                about = {"rate": rate, "bytes": len(samples), "words": words}
+                write(json.dumps(about).encode() + b"\n" + samples)
+            except RuntimeError as wrong:
+                write(error(str(wrong)))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            write(error(f"{name} failed (status {status}) on {request['text']!r}"))
+
+
+if __name__ == "__main__":
+    serve()
