@@ -22,15 +22,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from torch import Tensor
+
 from qwen2audio_core import audio, chat
-from qwen2audio_core.assistant import Assistant
+from qwen2audio_core.assistant import Assistant, Reply
 from qwen2audio_core.audio_files import source_name
+from qwen2audio_core.chat import Prompt
 from qwen2audio_core.errors import AudioError, CheckpointError, InputError
 from qwen2audio_core.frontend import SAMPLE_RATE
 from qwen2audio_core.tokenizer import Tokenizer
 
 # Of the published evaluation, which writes the language's tag behind it to begin the answer.
 RECOGNIZE = "Detect the language and recognize the speech: "
+TRANSLATE = "Detect the language and translate the speech into English: "
 CLIP = "<|audio_bos|><|AUDIO|><|audio_eos|>"
 
 # The tags of the published tokenizer, Taiwan's Mandarin, Cantonese, Wu and Min Nan among them.
@@ -46,7 +50,8 @@ class Segment:
     start: float  # s from the beginning of the recording
     end: float
     text: str
-    language: str | None  # one of LANGUAGES, by the tag in the answer, or else in the prompt
+    # One of LANGUAGES, by the tag in the answer, or else in the prompt; "en" of a translation.
+    language: str | None
     ids: list[int]  # the answer's tokens, tags and end token included
     finish_reason: str  # as in Reply; "length" means that words may be missing
 
@@ -70,12 +75,72 @@ class Transcript:
         return text
 
 
+class Scribe:
+    """How a window is put to the model, and its answer read.
+
+    tokenizer  of the model
+    language, prompt, translate, errors  as in `transcribe`
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        language: str | None = None,
+        prompt: str | None = None,
+        translate: bool = False,
+    ):
+        self._tokenizer = tokenizer
+        self._text = CLIP + _instruction(tokenizer, language, prompt, translate)
+        self._tags = _tags(tokenizer)
+        self._translate = translate
+
+    def prompt(self, window: audio.Piece) -> Prompt:
+        """What to ask the model about a window."""
+        return chat.encode_raw(
+            self._text, [window.waveform], self._tokenizer, sampling_rate=SAMPLE_RATE
+        )
+
+    def segment(self, window: audio.Piece, reply: Reply) -> Segment:
+        """What the model wrote about a window."""
+        said = [*reply.ids, *reversed(reply.prompt.ids)]
+        named = (self._tags[i] for i in said if i in self._tags)
+        return Segment(
+            window.start,
+            window.end,
+            _clean(reply.text),
+            "en" if self._translate else next(named, None),
+            reply.ids,
+            reply.finish_reason,
+        )
+
+
+def windows(waveform: Tensor, name: str) -> list[audio.Piece]:
+    """A recording in windows of at most 30 s, cut where it is quietest."""
+    return audio.split(waveform, name=name, notice=_ignore)  # that it is split is no news here
+
+
+def joined(segments: list[Segment], seconds: dict[str, float] | None = None) -> Transcript:
+    """The segments of all windows, in order, to a transcript."""
+    heard = Counter(segment.language for segment in segments if segment.language)
+    language = max(heard, key=heard.__getitem__, default=None)
+    return Transcript(segments, language, segments[-1].end, seconds or {})
+
+
+def cut_notice(segment: Segment, name: str) -> str:
+    """What to tell of a segment whose finish_reason is "length"."""
+    return (
+        f"{name}: the answer for {_clock(segment.start)} to {_clock(segment.end)} ran into"
+        " max_new_tokens, words may be missing"
+    )
+
+
 def transcribe(
     assistant: Assistant,
     source: Any,
     *,
     language: str | None = None,
     prompt: str | None = None,
+    translate: bool = False,
     batch_size: int = 8,
     notice: Callable[[str], None] | None = None,
     on_progress: Callable[[float, float], None] | None = None,
@@ -88,6 +153,7 @@ def transcribe(
     prompt       what stands behind the clip instead of the published prompt, taken as it is;
                  special tokens in it are tokens. A language's tag is its own part of it, so
                  `language` must be None
+    translate    put it into English, with the published prompt for that
     batch_size   windows answered at once; fewer need less memory
     notice       called with one line when an answer was cut off by max_new_tokens
     on_progress  called with (done, whole), seconds of sound: at the beginning, then for each batch
@@ -95,60 +161,46 @@ def transcribe(
                  repetition penalty, unless temperature, top_k or top_p is given
     errors       AudioError for the recording; PromptError or InputError for the rest
     """
-    text = CLIP + _instruction(assistant.tokenizer, language, prompt)
+    scribe = Scribe(assistant.tokenizer, language, prompt, translate)
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, it must be at least 1")
     if all(options.get(name) is None for name in ("greedy", "temperature", "top_k", "top_p")):
         options["greedy"] = True
-    tags = _tags(assistant.tokenizer)
 
     began = time.perf_counter()
     samples, rate = source if isinstance(source, tuple) else (source, None)
     name = source_name(source) if rate is None else "the recording"
     waveform = audio.load(samples, sampling_rate=rate, name=name)
-    windows = audio.split(waveform, name=name, notice=_ignore)  # that it is split is no news here
-    duration = windows[-1].end
+    pieces = windows(waveform, name)
+    duration = pieces[-1].end
     seconds = {"audio": time.perf_counter() - began}
 
     segments: list[Segment] = []
     if on_progress is not None:
         on_progress(0.0, duration)
-    for first in range(0, len(windows), batch_size):
-        batch = windows[first : first + batch_size]
-        prompts = [
-            chat.encode_raw(text, [w.waveform], assistant.tokenizer, sampling_rate=SAMPLE_RATE)
-            for w in batch
-        ]
+    for first in range(0, len(pieces), batch_size):
+        batch = pieces[first : first + batch_size]
+        prompts = [scribe.prompt(window) for window in batch]
         replies = assistant.stream_prompts(prompts, answers=1, **options).finished()
         for stage, spent in replies[0].seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + spent
-        for window, prompted, reply in zip(batch, prompts, replies, strict=True):
-            named = (tags[i] for i in [*reply.ids, *reversed(prompted.ids)] if i in tags)
-            segment = Segment(
-                window.start,
-                window.end,
-                _clean(reply.text),
-                next(named, None),
-                reply.ids,
-                reply.finish_reason,
-            )
-            segments.append(segment)
-            if segment.finish_reason == "length" and notice is not None:
-                notice(
-                    f"{name}: the answer for {_clock(segment.start)} to {_clock(segment.end)} ran"
-                    " into max_new_tokens, words may be missing"
-                )
+        for window, reply in zip(batch, replies, strict=True):
+            segments.append(scribe.segment(window, reply))
+            if reply.finish_reason == "length" and notice is not None:
+                notice(cut_notice(segments[-1], name))
         if on_progress is not None:
             on_progress(batch[-1].end, duration)
-    heard = Counter(segment.language for segment in segments if segment.language)
-    return Transcript(segments, max(heard, key=heard.__getitem__, default=None), duration, seconds)
+    return joined(segments, seconds)
 
 
 def _ignore(line: str) -> None:
     pass
 
 
-def _instruction(tokenizer: Tokenizer, language: str | None, prompt: str | None) -> str:
+def _instruction(
+    tokenizer: Tokenizer, language: str | None, prompt: str | None, translate: bool = False
+) -> str:
+    text = TRANSLATE if translate else RECOGNIZE
     if prompt is not None:
         if language is not None:
             raise InputError(
@@ -157,13 +209,13 @@ def _instruction(tokenizer: Tokenizer, language: str | None, prompt: str | None)
             )
         return prompt
     if language is None:
-        return RECOGNIZE
+        return text
     known = _tags(tokenizer).values()
     if language not in known:
         raise InputError(
             f"language {language!r} is not one this tokenizer has a tag for: {', '.join(known)}"
         )
-    return f"{RECOGNIZE}<|{language}|>"
+    return f"{text}<|{language}|>"
 
 
 def _tags(tokenizer: Tokenizer) -> dict[int, str]:

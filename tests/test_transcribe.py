@@ -167,6 +167,18 @@ def test_prompts_in_the_published_tokens(official, options, behind):
     assert fake.prompts[0].ids == [bos, *[clip] * 25, eos, *behind]
 
 
+@pytest.mark.parametrize(("options", "tag"), [({}, ""), ({"language": "zh"}, "<|zh|>")])
+def test_translation_asks_for_english_and_is_english(official, options, tag):
+    fake = Fake(official, ["Hello.", "<|zh|>Goodbye."])
+    sound = (torch.zeros(40 * RATE), RATE)
+    transcript = transcribe.transcribe(fake, sound, translate=True, **options)
+    asked = "Detect the language and translate the speech into English: " + tag
+    for prompt in fake.prompts:
+        assert prompt.ids[prompt.ids.index(CLIP_IDS[2]) + 1 :] == official.encode(asked, True)
+    assert [segment.language for segment in transcript.segments] == ["en", "en"]
+    assert (transcript.language, transcript.text) == ("en", "Hello. Goodbye.")
+
+
 def test_the_tag_is_the_only_difference_between_languages(tokenizer):
     ids = {}
     for language in (*transcribe.LANGUAGES, None):
