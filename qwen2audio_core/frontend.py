@@ -24,6 +24,7 @@ HOP_LENGTH = 160  # samples between windows, 10 ms
 MAX_SECONDS = 30
 MAX_SAMPLES = MAX_SECONDS * SAMPLE_RATE  # 480,000
 MAX_FRAMES = MAX_SAMPLES // HOP_LENGTH  # 3,000 mel frames
+PIECE = 512  # frames computed at a time
 SECONDS_PER_TOKEN = 4 * HOP_LENGTH / SAMPLE_RATE  # 0.04
 
 
@@ -127,8 +128,13 @@ def log_mel(waveform: Tensor, num_mel_bins: int = 128) -> Tensor:
         parts.append(body[-half - 1 : -1].flip(0))
     padded = torch.cat(parts)
     window, filters = constants(num_mel_bins, waveform.device, waveform.dtype)
-    stft = torch.fft.rfft(padded.unfold(0, N_FFT, HOP_LENGTH)[:frames] * window)  # (frames, 201)
-    power = stft.real.square() + stft.imag.square()
-    mel = filters @ power.T  # (M, frames)
+    windows = padded.unfold(0, N_FFT, HOP_LENGTH)[:frames]  # (frames, 400), a view
+
+    def mel_of(some: Tensor) -> Tensor:
+        stft = torch.fft.rfft(some * window)
+        return (stft.real.square() + stft.imag.square()) @ filters.T
+
+    # Piece by piece, so that what lies between stays in the processor's cache.
+    mel = torch.cat([mel_of(piece) for piece in windows.split(PIECE)]).T  # (M, frames)
     lowest = (mel.max() * 1e-8).clamp(min=1e-10)  # 8 below the maximum, once the logarithm is taken
     return mel[:, : lengths.input_frames].clamp(min=lowest).log10() * 0.25 + 1.0
