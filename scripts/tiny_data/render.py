@@ -128,11 +128,6 @@ def reverberate(waveform: np.ndarray, amount: float, rng: np.random.Generator) -
     tail *= np.sqrt((0.1 + 0.9 * amount) / np.square(tail).sum())  # energy, the direct sound has 1
     impulse = np.concatenate([[1.0], tail])
     length = len(waveform) + len(impulse) // 2
-    size = fast_size(len(waveform) + len(impulse))
+    size = sounds.fast_size(len(waveform) + len(impulse))
     spectrum = np.fft.rfft(waveform, size) * np.fft.rfft(impulse, size)
     return np.fft.irfft(spectrum, size)[:length]
-
-
-def fast_size(length: int) -> int:
-    """The smallest 2^a, 3 * 2^a or 5 * 2^a that is at least `length`: sizes an FFT is fast at."""
-    return min(factor << max(0, (-(-length // factor) - 1).bit_length()) for factor in (1, 3, 5))
