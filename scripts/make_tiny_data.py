@@ -1,0 +1,189 @@
+"""Make the data that the small model is trained and tested on: wav files, and jsonl that names them.
+
+    python scripts/make_tiny_data.py --out DIR                       everything
+    python scripts/make_tiny_data.py --out DIR --stage pretrain      one stage alone
+    python scripts/make_tiny_data.py --out DIR --stage pretrain --hours 20
+    python scripts/make_tiny_data.py --out DIR --small               a hundredth of it, to try things
+
+    pretrain.jsonl  {"audio", "prompt", "gt", "source"}: the official form, for the base model
+    sft.jsonl       {"messages", "audios"}: <audio> in the messages stands for each clip, in order
+    valid.jsonl     both forms; voices of the training, sentences of its own drawing
+    test.jsonl      both forms; voices, a speech engine, sentences, speeds and noise levels that the
+                    training never has
+    texts.txt       every prompt and answer of the training, for the tokenizer
+
+Every row also has "task", "subtask", "language", "set" and "seconds" (of all its clips). Paths are
+absolute. A run that was broken off goes on where it stopped. The same seed makes the same data.
+Needs espeak-ng and flite.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker, before numpy is there
+
+import soundfile  # noqa: E402
+from tiny_data import render, tasks  # noqa: E402
+
+RATE = 16_000
+FOLDER = 2_000  # clips of a folder, at most
+CHUNK = 400  # rows made at a time; what a broken-off run loses, for each worker
+ROWS = {"pretrain": 50_000, "sft": 30_000, "valid": 600, "test": 2_540}
+SMALL = {"pretrain": 2_000, "sft": 500, "valid": 60, "test": 300}
+SEEDS = {stage: i for i, stage in enumerate(ROWS)}
+DRAW = {"pretrain": tasks.pretrain, "sft": tasks.sft, "valid": tasks.valid, "test": tasks.test}
+
+Job = tuple[str, int, int, int, str]  # stage, seed, first row, last row, folder
+
+
+def make_chunk(job: Job) -> tuple[str, int, float, int]:
+    """Rows first to last of a stage: their clips, and a jsonl of them. Returns rows and seconds."""
+    stage, seed, first, last, out = job
+    folder = Path(out) / "wav" / stage / f"{first // FOLDER:04}"
+    part = Path(out) / "parts" / f"{stage}-{first:07}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines, total = [], 0.0
+    for i in range(first, last):
+        row = DRAW[stage](i, seed)
+        paths, seconds = [], 0.0
+        for n, clip in enumerate(row["clips"]):
+            waveform = render.render(clip, seed=hash_of(stage, seed, i, n))
+            path = folder / f"{i:07}{chr(ord('a') + n) if n else ''}.wav"
+            soundfile.write(path, waveform, RATE, subtype="PCM_16")
+            paths.append(str(path))
+            seconds += len(waveform) / RATE
+        lines.append(json.dumps(as_written(row, paths, seconds), ensure_ascii=False))
+        total += seconds
+    text = "\n".join(lines) + "\n"
+    new = part.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    new.rename(part)
+    return stage, len(lines), total, os.getpid()
+
+
+def hash_of(stage: str, seed: int, i: int, n: int) -> int:
+    """A seed for the sound of a clip."""
+    return ((seed * len(ROWS) + SEEDS[stage]) * 10_000_000 + i) * 8 + n
+
+
+def as_written(row: dict, paths: list[str], seconds: float) -> dict:
+    """A row as the files hold it."""
+    about = {key: row[key] for key in ("task", "subtask", "language", "set")}
+    about["seconds"] = round(seconds, 2)
+    if "messages" in row:
+        return {"messages": row["messages"], "audios": paths, **about}
+    return {
+        "audio": paths[0],
+        "prompt": row["prompt"],
+        "gt": row["gt"],
+        "source": row["source"],
+        **about,
+    }
+
+
+def parts_of(out: Path, stage: str) -> list[Path]:
+    return sorted((out / "parts").glob(f"{stage}-*.jsonl"))
+
+
+def read(path: Path) -> Iterator[dict]:
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def texts_of(row: dict) -> list[str]:
+    """The lines of a row that a tokenizer should know."""
+    if "messages" in row:
+        lines = [message["content"].replace("<audio>", "") for message in row["messages"]]
+    else:
+        lines = [row["prompt"], row["gt"]]
+    return [line for line in lines if line]
+
+
+def make(out: Path, stage: str, rows: int, seed: int, workers: int, hours: float | None) -> None:
+    """Make one stage, and its jsonl when all of it is there."""
+    final = out / f"{stage}.jsonl"
+    if final.exists():
+        print(f"{stage}: {final} is there")
+        return
+    jobs = [
+        (stage, seed, first, min(first + CHUNK, rows), str(out)) for first in range(0, rows, CHUNK)
+    ]
+    there = {path.name for path in parts_of(out, stage)}
+    left = [job for job in jobs if f"{stage}-{job[2]:07}.jsonl" not in there]
+    began, made, seconds = time.monotonic(), 0, 0.0
+    stated = sum(row["seconds"] for path in parts_of(out, stage) for row in read(path))
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        for _, count, sound, _ in pool.imap(make_chunk, left):
+            made += count
+            seconds += sound
+            spent = time.monotonic() - began
+            done = rows - sum(job[3] - job[2] for job in left) + made
+            rest = (rows - done) * spent / made
+            print(
+                f"\r{stage}: {done:,} of {rows:,} rows, {(stated + seconds) / 3600:.2f} h of sound,"
+                f" {made / spent:.0f} rows/s, {rest / 60:.1f} min left ",
+                end="",
+                flush=True,
+            )
+            if hours is not None and (stated + seconds) / 3600 >= hours:
+                break
+    if made:
+        print()
+    tasks_made: Counter[str] = Counter()
+    new = final.with_suffix(".jsonl.part")
+    with new.open("w", encoding="utf-8") as file:
+        for path in parts_of(out, stage):
+            file.write(path.read_text(encoding="utf-8"))
+            tasks_made.update(row["task"] for row in read(path))
+    new.rename(final)
+    counts = ", ".join(f"{task} {count:,}" for task, count in tasks_made.most_common())
+    print(f"{stage}: {sum(tasks_made.values()):,} rows in {final} ({counts})")
+
+
+def write_texts(out: Path) -> None:
+    """texts.txt from what there is of the two training stages."""
+    lines = [
+        line
+        for stage in ("pretrain", "sft")
+        if (out / f"{stage}.jsonl").exists()
+        for row in read(out / f"{stage}.jsonl")
+        for line in texts_of(row)
+    ]
+    (out / "texts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--stage", choices=ROWS, help="only this one; default: all four")
+    parser.add_argument("--rows", type=int, metavar="N", help="rows of each stage made")
+    parser.add_argument("--hours", type=float, metavar="H", help="stop a stage at so much sound")
+    parser.add_argument("--small", action="store_true", help="little of everything")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
+    args = parser.parse_args(argv)
+    for program in ("espeak-ng", "flite"):
+        if shutil.which(program) is None:
+            parser.error(f"{program} is not installed (Debian and Ubuntu: apt install {program})")
+    out = args.out.resolve()
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    for stage, rows in (SMALL if args.small else ROWS).items():
+        if args.stage in (None, stage):
+            make(out, stage, args.rows or rows, args.seed, args.workers, args.hours)
+    write_texts(out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
