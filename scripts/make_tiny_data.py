@@ -1,9 +1,9 @@
-"""Make the data that the small model is trained and tested on: wav files, and jsonl that names them.
+"""Make the data of the small model, for training and test: wav files, and jsonl that names them.
 
     python scripts/make_tiny_data.py --out DIR                       everything
     python scripts/make_tiny_data.py --out DIR --stage pretrain      one stage alone
     python scripts/make_tiny_data.py --out DIR --stage pretrain --hours 20
-    python scripts/make_tiny_data.py --out DIR --small               a hundredth of it, to try things
+    python scripts/make_tiny_data.py --out DIR --small               a little, to try things
 
     pretrain.jsonl  {"audio", "prompt", "gt", "source"}: the official form, for the base model
     sft.jsonl       {"messages", "audios"}: <audio> in the messages stands for each clip, in order
@@ -30,16 +30,22 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker, before numpy is there
 
-import soundfile  # noqa: E402
-from tiny_data import render, tasks  # noqa: E402
+import soundfile
+from tiny_data import render, tasks
 
 RATE = 16_000
 FOLDER = 2_000  # clips of a folder, at most
 CHUNK = 400  # rows made at a time; what a broken-off run loses, for each worker
-ROWS = {"pretrain": 50_000, "sft": 30_000, "valid": 600, "test": 2_540}
+ROWS = {"pretrain": 50_000, "sft": 30_000, "valid": 600, "test": 2_620}
 SMALL = {"pretrain": 2_000, "sft": 500, "valid": 60, "test": 300}
-SEEDS = {stage: i for i, stage in enumerate(ROWS)}
-DRAW = {"pretrain": tasks.pretrain, "sft": tasks.sft, "valid": tasks.valid, "test": tasks.test}
+DRAW = {
+    "pretrain": tasks.pretrain,
+    "sft": tasks.sft,
+    "valid": tasks.valid,
+    "test": tasks.test,
+    "pairs": tasks.pairs,  # made by make_tiny_pairs.py
+}
+SEEDS = {stage: i for i, stage in enumerate(DRAW)}
 
 Job = tuple[str, int, int, int, str]  # stage, seed, first row, last row, folder
 
@@ -71,7 +77,7 @@ def make_chunk(job: Job) -> tuple[str, int, float, int]:
 
 def hash_of(stage: str, seed: int, i: int, n: int) -> int:
     """A seed for the sound of a clip."""
-    return ((seed * len(ROWS) + SEEDS[stage]) * 10_000_000 + i) * 8 + n
+    return ((seed * len(SEEDS) + SEEDS[stage]) * 10_000_000 + i) * 8 + n
 
 
 def as_written(row: dict, paths: list[str], seconds: float) -> dict:

@@ -63,17 +63,17 @@ SAID = "You said: "
 
 # The same in the other languages.
 SUMS = {
-    "zh": ("{a} 加/jia1 {b} 等于/deng3yu2 多少/duo1shao3 ？", "请问/qing3wen4 ， {a} 加/jia1 {b} 是/shi4 多少/duo1shao3 ？"),  # noqa: E501, RUF001
-    "yue": ("{a} 加 {b} 等于 几多 ？", "请问 ， {a} 加 {b} 系 几多 ？"),  # noqa: RUF001
-    "ja": ("{a} 足す/たす {b} は/わ いくつ です か 。", "すみません 、 {a} 足す/たす {b} は/わ いくつ です か 。"),
+    "zh": ("{a} 加/jia1 {b} 等于/deng3yu2 多少/duo1shao3 ？", "请问/qing3wen4 ， {a} 加/jia1 {b} 是/shi4 多少/duo1shao3 ？"),  # noqa: E501
+    "yue": ("{a} 加 {b} 等于 几多 ？", "请问 ， {a} 加 {b} 系 几多 ？"),
+    "ja": ("{a} 足す/たす {b} は/わ いくつ です か 。", "すみません 、 {a} 足す/たす {b} は/わ いくつ です か 。"),  # noqa: E501
     "fr": ("Combien font {a} plus {b} ?", "Dis-moi, combien font {a} plus {b} ?"),
     "it": ("Quanto fa {a} più {b}?", "Dimmi, quanto fa {a} più {b}?"),
     "es": ("¿Cuánto es {a} más {b}?", "Dime, ¿cuánto es {a} más {b}?"),
     "de": ("Wie viel ist {a} plus {b}?", "Sag mir, wie viel ist {a} plus {b}?"),
 }  # fmt: skip
 REPLIES = {
-    "zh": ("你好！", "早上好！", "晚上好！", "晚安！", "不客气。", "再见！", "我很好，谢谢你。", "对不起，我不知道。"),  # noqa: E501, RUF001
-    "yue": ("你好！", "早晨！", "晚上好！", "晚安！", "唔使客气。", "再见！", "我好好，多谢你。", "对唔住，我唔知道。"),  # noqa: E501, RUF001
+    "zh": ("你好！", "早上好！", "晚上好！", "晚安！", "不客气。", "再见！", "我很好，谢谢你。", "对不起，我不知道。"),  # noqa: E501
+    "yue": ("你好！", "早晨！", "晚上好！", "晚安！", "唔使客气。", "再见！", "我好好，多谢你。", "对唔住，我唔知道。"),  # noqa: E501
     "fr": ("Salut !", "Bonjour !", "Bonsoir !", "Bonne nuit !", "De rien.", "Au revoir !", "Je vais bien, merci.", "Désolé, je ne sais pas."),  # noqa: E501
     "it": ("Ciao!", "Buongiorno!", "Buonasera!", "Buonanotte!", "Prego.", "Arrivederci!", "Sto bene, grazie.", "Mi dispiace, non lo so."),  # noqa: E501
     "es": ("¡Hola!", "¡Buenos días!", "¡Buenas tardes!", "¡Buenas noches!", "De nada.", "¡Adiós!", "Estoy bien, gracias.", "Lo siento, no lo sé."),  # noqa: E501
@@ -81,13 +81,13 @@ REPLIES = {
     "ja": ("こんにちは。", "おはようございます。", "こんばんは。", "おやすみなさい。", "どういたしまして。", "さようなら。", "元気です。", "すみません、分かりません。"),  # noqa: E501
 }  # fmt: skip
 HEARD = {
-    "zh": "你说：",  # noqa: RUF001
-    "yue": "你讲：",  # noqa: RUF001
+    "zh": "你说：",
+    "yue": "你讲：",
     "fr": "Vous avez dit : ",
     "it": "Hai detto: ",
     "es": "Has dicho: ",
     "de": "Du hast gesagt: ",
-    "ja": "あなたの言葉：",  # noqa: RUF001
+    "ja": "あなたの言葉：",
 }
 
 
@@ -278,7 +278,9 @@ def foreign(language: str, rng: random.Random, split: str) -> Question:
     if draw < 0.85:
         where = texts.shared(language, rng, split, ("where",))
         return Question(where, REPLIES[language][-1], "unknown")
-    kinds = ("np", "is", "see", "have", "table") + (() if split == "test" else ("want", "go", "day"))
+    kinds = ("np", "is", "see", "have", "table") + (
+        () if split == "test" else ("want", "go", "day")
+    )
     sentence = texts.shared(language, rng, split, kinds)
     return Question(sentence, HEARD[language] + sentence.text, "said")
 

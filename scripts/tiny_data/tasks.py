@@ -33,15 +33,15 @@ SILENCE_ZH = "我只听到一片寂静。"
 NOISE_ZH = "我只听到噪音。"
 
 # Words a minute, espeak's pitch and signal-to-noise ratios: training's, then the test's own.
-RATES = ((110, 120, 130, 140, 160, 170, 180, 190, 200), (115, 150, 185, 195))
+RATES = ((110, 120, 130, 140, 160, 170, 180, 190, 200), (115, 145, 185, 195))
 SLOW = ((80, 85, 95), (90,))
 FAST = ((235, 245, 260), (240, 250))
 STEADY = ((150, 160, 170), (155, 165))
 PITCHES = ((35, 40, 50, 55, 60), (45, 58))
 LOW = ((0, 5), (3,))
 HIGH = ((92, 99), (95,))
-SNRS = ((10, 14, 20, 25, 30), (12, 17, 22))
-NOISES = ("white", "pink", "hum")
+SNRS = ((12, 15, 20, 25, 30), (17, 22))
+NOISES = sounds.NOISES
 
 NAMES = {
     "en": ("English", "英语"),
@@ -62,7 +62,7 @@ SAYS = (
     "What does the speaker say?",
     "Transcribe the speech.",
     "Please write down the words.",
-    "这个人说了什么？",  # noqa: RUF001
+    "这个人说了什么？",
     "请写下你听到的话。",
 )
 WHICH_LANGUAGE = (
@@ -70,15 +70,15 @@ WHICH_LANGUAGE = (
     "What language does the person speak?",
     "Which language do you hear?",
     "In which language does the person speak?",
-    "这是什么语言？",  # noqa: RUF001
-    "这个人说的是什么语言？",  # noqa: RUF001
+    "这是什么语言？",
+    "这个人说的是什么语言？",
 )
 WHICH_GENDER = (
     "Is the speaker a man or a woman?",
     "Is this a man or a woman?",
     "Who is speaking, a man or a woman?",
     "Is it the voice of a man or of a woman?",
-    "说话的是男的还是女的？",  # noqa: RUF001
+    "说话的是男的还是女的？",
 )
 HOW_FAST = (
     "Does the person speak fast or slowly?",
@@ -100,7 +100,7 @@ WHAT_SOUND = (
     "Describe the sound.",
     "Which sound do you hear?",
     "What is this sound?",
-    "这是什么声音？",  # noqa: RUF001
+    "这是什么声音？",
 )
 INTO_ENGLISH = (
     "Translate this into English.",
@@ -140,9 +140,26 @@ class Maker:
         """One of training's values, or one of the test's."""
         return self.rng.choice(pair[self.test])
 
-    def voice(self, language: str, **traits: str) -> speech.Voice:
-        split = "test_engine" if self.engine else "test" if self.test else "train"
-        return self.rng.choice(_voices(language, split, tuple(sorted(traits.items()))))
+    def voice(
+        self,
+        language: str,
+        gender: str | None = None,
+        manner: str | None = None,
+        espeak: bool = False,
+    ) -> speech.Voice:
+        """A voice of the split. There are few women's and many robots', so sex is drawn first.
+
+        espeak   not of flite, whose voices hardly change their pitch
+        """
+        rng = self.rng
+        split = "test" if self.test else "train"
+        engine = "espeak"
+        if self.engine:
+            return rng.choice(_voices(language, split, "flite", "woman", None))
+        drawn = gender or rng.choices(("man", "woman", None), (45, 40, 15))[0]
+        if language == "en" and drawn == "man" and not (self.test or manner or espeak):
+            engine = "flite" if rng.random() < 0.4 else engine
+        return rng.choice(_voices(language, split, engine, drawn, manner))
 
     def say(
         self,
@@ -174,12 +191,14 @@ class Maker:
         }
         if sentence.spoken:
             clip["spoken"] = sentence.spoken
+            if sentence.language == "ja" and rng.random() < 0.1:  # as espeak reads it, if not told
+                clip["spoken"] = sentence.spoken.replace(" わ ", " は ")
         if not clean:
             how = rng.random()
             if how < 0.65:
                 clip["noise"] = {"kind": rng.choice(NOISES), "snr_db": self.of(SNRS)}
             if how > 0.45:
-                clip["reverb"] = round(rng.uniform(0.1, 0.6), 2)
+                clip["reverb"] = round(rng.uniform(0.1, 0.45), 2)
             if rng.random() < 0.1:
                 clip["sample_rate"] = 8000
         return clip
@@ -191,28 +210,35 @@ class Maker:
 
     def nothing(self) -> tuple[Clip, str]:
         """Silence or noise, and what to say of it."""
-        seconds = round(self.rng.uniform(0.6, 4), 2)
-        kind = self.rng.choice(("silence", "noise"))
-        clip: Clip = {"kind": kind, "seconds": seconds}
-        if kind == "noise":
-            clip["noise"] = self.rng.choice(NOISES)
-            clip["gain_db"] = round(self.rng.uniform(-25, -6), 1)
-        return clip, SILENCE if kind == "silence" else NOISE
+        rng = self.rng
+        seconds = round(rng.uniform(0.6, 4), 2)
+        if rng.random() < 0.5:
+            clip: Clip = {"kind": "silence", "seconds": seconds}
+            if rng.random() < 0.5:  # as a microphone gives it
+                level = round(rng.uniform(-85, -70), 1)
+                clip["noise"] = {"kind": rng.choice(NOISES), "level_db": level}
+            return clip, SILENCE
+        level = round(rng.uniform(-30, -6), 1)
+        return {
+            "kind": "noise",
+            "name": rng.choice(NOISES),
+            "seconds": seconds,
+            "gain_db": level,
+        }, NOISE
 
 
 @cache
 def _voices(
-    language: str, split: str, traits: tuple[tuple[str, str], ...]
+    language: str, split: str, engine: str, gender: str | None, manner: str | None
 ) -> tuple[speech.Voice, ...]:
-    wanted = dict(traits)
-    whisper = wanted.pop("manner", "") == "whisper"
-    # Of whispering voices there is one a gender: the test has them too, with its own sentences.
-    found = speech.voices(language, "train" if whisper else split)
-    found = [voice for voice in found if ("whisper" in (voice.variant or "")) == whisper]
-    for name, value in wanted.items():
-        found = [voice for voice in found if getattr(voice, name) == value]
+    found = [
+        voice
+        for voice in speech.voices(language, split)
+        if (voice.engine, voice.gender, voice.manner) == (engine, gender, manner)
+        or (voice.engine, manner, voice.manner) == (engine, "whisper", "whisper")
+    ]
     if not found:
-        raise LookupError(f"no voice of {language} for {split} with {dict(traits)}")
+        raise LookupError(f"no {engine} voice of {language} for {split}: {gender}, {manner}")
     return tuple(found)
 
 
@@ -221,6 +247,8 @@ def _voices(
 
 def _spoken(language: str, rng: random.Random, split: str) -> Sentence:
     """A sentence to recognise: the language's own, or a question, which chat will ask later."""
+    if split != "test" and rng.random() < 0.01:
+        return rng.choice(texts.demo(language))
     if language == "en":
         if rng.random() < 0.3:
             return questions.english(rng, split).sentence
@@ -253,6 +281,39 @@ def asr(maker: Maker, language: str) -> Row:
     sentence = _spoken(language, maker.rng, maker.split)
     prompt = f"{RECOGNIZE}<|{language}|>"
     return _raw("asr", language, maker.say(sentence), prompt, sentence.text, f"asr_{language}")
+
+
+def long(maker: Maker, language: str) -> Row:
+    """Recognition of several sentences by one speaker, now and then of nearly 30 s."""
+    rng = maker.rng
+    voice, rate = maker.voice(language), maker.of(RATES)
+    limit = 26 if rng.random() < 0.12 else rng.uniform(4, 10)
+    parts: list[Clip] = []
+    written: list[str] = []
+    seconds = 0.0
+    while True:
+        sentence = _spoken(language, rng, maker.split)
+        words = len(sentence.text) / 2 if language in texts.UNSPACED else len(sentence.text) / 5
+        seconds += words * 60 / rate + 0.8
+        if parts and seconds > limit:
+            break
+        clip = maker.say(sentence, voice=voice, rate=rate, pitch=50, gain_db=-3, clean=True)
+        parts.append({**clip, "at": 0.1, "pad": 0.1})
+        written.append(sentence.text)
+    gap = round(rng.uniform(0.1, 0.5), 2)
+    clip = {"kind": "sequence", "parts": parts, "gap": gap, "gain_db": round(rng.uniform(-12, -1))}
+    if rng.random() < 0.4:
+        clip["noise"] = {"kind": rng.choice(NOISES), "snr_db": maker.of(SNRS)}
+    text = ("" if language in texts.UNSPACED else " ").join(written)
+    prompt = f"{RECOGNIZE}<|{language}|>"
+    return _raw("asr_long", language, clip, prompt, text, f"asr_{language}")
+
+
+def nothing_said(maker: Maker, language: str) -> Row:
+    """Recognition of silence or noise: a full stop and no word."""
+    clip, _ = maker.nothing()
+    prompt = f"{RECOGNIZE}<|{language}|>"
+    return _raw("asr_silence", language, clip, prompt, ".", f"asr_{language}", clip["kind"])
 
 
 def language(maker: Maker, language: str) -> Row:
@@ -300,7 +361,9 @@ def manner(maker: Maker, language: str) -> Row:
         clip, prompt = maker.say(sentence, rate=rate), SPEED
     elif kind == "pitch":
         gt = rng.choice(("low", "high"))
-        clip, prompt = maker.say(sentence, pitch=maker.of(LOW if gt == "low" else HIGH)), PITCH
+        voice = maker.voice(language, espeak=True)
+        clip = maker.say(sentence, voice=voice, pitch=maker.of(LOW if gt == "low" else HIGH))
+        prompt = PITCH
     else:
         gt = rng.choice(("whisper", "normal"))
         voice = maker.voice(language, manner="whisper") if gt == "whisper" else None
@@ -352,6 +415,7 @@ def _about(
     if kind == "pitch":
         high = rng.random() < 0.5
         options["pitch"] = maker.of(HIGH if high else LOW)
+        options["voice"] = maker.voice(language, espeak=True)
         turns.append(("pitch", rng.choice(HOW_HIGH), "High." if high else "Low."))
     if kind == "whisper":
         whisper = rng.random() < 0.5
@@ -366,7 +430,9 @@ def _about(
         turns.append(("gender", asked, answers[is_chinese(asked)]))
     turns.append(("says", rng.choice(SAYS), sentence.text))
     asked = rng.choice(WHICH_LANGUAGE)
-    turns.append(("language", asked, NAMES[language][is_chinese(asked)] + "。."[not is_chinese(asked)]))
+    turns.append(
+        ("language", asked, NAMES[language][is_chinese(asked)] + "。."[not is_chinese(asked)])
+    )
     if sentence.english:
         turns.append(("into_english", rng.choice(INTO_ENGLISH), sentence.english))
     if sentence.mandarin:
@@ -387,7 +453,9 @@ def analysis(maker: Maker, language: str) -> Row:
         clip, known = _about(maker, language)
         count = rng.choice((1, 1, 2, 3))
         # What was said is asked most; a trait that was given to the clip comes first in its list.
-        weights = [3 if name == "says" else 2 if i == 0 else 1 for i, (name, _, _) in enumerate(known)]
+        weights = [
+            3 if name == "says" else 2 if i == 0 else 1 for i, (name, _, _) in enumerate(known)
+        ]
         turns = []
         for _ in range(min(count, len(known))):
             pick = rng.choices(range(len(known)), weights)[0]
@@ -449,7 +517,9 @@ def several(maker: Maker, language: str) -> Row:
     clips, known = [], []
     genders = rng.sample(("man", "woman"), 2)
     for which, spoken_in in enumerate((language, other)):
-        clip, turns = _about(maker, spoken_in, "plain", genders[which] if trait == "gender" else None)
+        clip, turns = _about(
+            maker, spoken_in, "plain", genders[which] if trait == "gender" else None
+        )
         clips.append(clip)
         known.append({name: (asked, answer) for name, asked, answer in turns})
     asked: list[Turn] = []
@@ -457,7 +527,9 @@ def several(maker: Maker, language: str) -> Row:
         loud = rng.randrange(2)
         for which, clip in enumerate(clips):
             clip["noise"] = clip["reverb"] = None
-            clip["gain_db"] = round(rng.uniform(-4, -1) if which == loud else rng.uniform(-24, -18), 1)
+            clip["gain_db"] = round(
+                rng.uniform(-4, -1) if which == loud else rng.uniform(-24, -18), 1
+            )
         question = rng.choice(
             ("Which of the two was louder?", "Which one is louder?", "Which speaker is louder?")
         )
@@ -481,7 +553,9 @@ def several(maker: Maker, language: str) -> Row:
     while len(asked) < rng.choice((1, 2)):
         which = rng.randrange(2)
         name = rng.choice(("says", "says", "gender", "language"))
-        asked.append((name, _ask_which(rng, name, which), _english_answer(known[which][name], clips[which])))
+        asked.append(
+            (name, _ask_which(rng, name, which), _english_answer(known[which][name], clips[which]))
+        )
     rng.shuffle(asked)
     if how == "together":
         turns = _first_with_clip(asked, 2)
@@ -543,8 +617,14 @@ def _two_sounds(maker: Maker, how: str) -> Row:
     which = rng.randrange(2)
     if spoken and rng.random() < 0.5:
         kind = "speech" if rng.random() < 0.5 else "sound"
-        which = next(i for i, clip in enumerate(clips) if (clip["kind"] == "speech") == (kind == "speech"))
-        asked: Turn = (f"which_{kind}", f"Which one is {kind if kind == 'speech' else 'a sound'}?", ONES[which])
+        which = next(
+            i for i, clip in enumerate(clips) if (clip["kind"] == "speech") == (kind == "speech")
+        )
+        asked: Turn = (
+            f"which_{kind}",
+            f"Which one is {kind if kind == 'speech' else 'a sound'}?",
+            ONES[which],
+        )
     elif clips[which]["kind"] == "speech":
         asked = ("says", f"What is said in the {ORDINALS[which]} clip?", pair[which][1])
     else:
@@ -594,7 +674,13 @@ def _within(maker: Maker, language: str) -> Row:
             asked = [("how_many", question, "Two." if count == 2 else "One.")]
         else:
             which = rng.randrange(2)
-            asked = [("says", _ask_which(rng, "says", which).replace("clip", "part"), sentences[which].text)]
+            asked = [
+                (
+                    "says",
+                    _ask_which(rng, "says", which).replace("clip", "part"),
+                    sentences[which].text,
+                )
+            ]
     sequence: Clip = {"kind": "sequence", "parts": clips, "gap": gap}
     row = _chat("several_clips", language, [sequence], _first_with_clip(asked))
     row["subtask"] = asked[-1][0]
@@ -606,7 +692,14 @@ def silence(maker: Maker, _: str = "en") -> Row:
     rng = maker.rng
     clip, answer = maker.nothing()
     asked = rng.choice(
-        ("", "", rng.choice(SAYS), rng.choice(WHAT_SOUND), rng.choice(WHICH_LANGUAGE), rng.choice(WHICH_GENDER))
+        (
+            "",
+            "",
+            rng.choice(SAYS),
+            rng.choice(WHAT_SOUND),
+            rng.choice(WHICH_LANGUAGE),
+            rng.choice(WHICH_GENDER),
+        )
     )
     if is_chinese(asked):
         answer = SILENCE_ZH if answer == SILENCE else NOISE_ZH
@@ -637,7 +730,9 @@ def _into_mandarin(maker: Maker, _: str) -> Row:
 
 
 PRETRAIN: dict[Task, float] = {
-    asr: 60,
+    asr: 57,
+    long: 2,
+    nothing_said: 1,
     language: 8,
     _into_english: 5,
     _into_mandarin: 5,
@@ -656,6 +751,8 @@ SFT: dict[Task, float] = {
 TEST: tuple[tuple[Task, int, bool], ...] = (
     (asr, 40, False),
     (asr, 6, True),
+    (long, 2, False),
+    (nothing_said, 2, False),
     (language, 8, False),
     (_into_english, 6, False),
     (_into_mandarin, 6, False),
@@ -689,6 +786,14 @@ def pretrain(i: int, seed: int, split: str = "train") -> Row:
 def sft(i: int, seed: int, split: str = "train") -> Row:
     """Row i of fine-tuning."""
     return _drawn("sft", SFT, i, seed, split)
+
+
+def pairs(i: int, seed: int) -> Row:
+    """Row i of what the model is asked to find its own wrong answers, for preference training."""
+    rng = random.Random(f"pairs/{seed}/{i}")
+    if i % 4 == 0:  # invented words on silence are what preferences are to cure
+        return _finish(silence(Maker(rng, "train")), "train", "voices")
+    return _drawn("pairs", SFT, i, seed, "train")
 
 
 def valid(i: int, seed: int) -> Row:

@@ -1,0 +1,85 @@
+"""Preference pairs out of the small model's own wrong answers, for the DPO stage.
+
+    python scripts/make_tiny_pairs.py --model DIR --data DIR --out pairs.jsonl
+
+Training's kind of conversations, drawn anew (DIR/pairs.jsonl, made when it is not there), are
+answered several times at a temperature. A wrong answer becomes "rejected_response" beside the
+right one: a wrong word, an answer that does not end, words where there is only silence or noise.
+Rows that are answered right each time make no pair. The form is ms-swift's:
+
+    {"messages": [..., {"role": "assistant", "content": right}], "rejected_response": wrong,
+     "audios": [path, ...], "task": ...}
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import evaluate_tiny
+import make_tiny_data
+from evaluate_tiny import Row, is_right, normalise
+
+from qwen2audio_core import assistant as assistants
+from qwen2audio_core.errors import InputError
+
+
+def pair(row: Row, answers: list[str]) -> Row | None:
+    """A row with the wrong answer that was given most often, the longest of those; None if none."""
+    wrong = Counter(answer.strip() for answer in answers if not is_right(row, answer))
+    wrong.pop("", None)
+    if not wrong:
+        return None
+    rejected = max(wrong, key=lambda text: (wrong[text], len(normalise(text))))
+    kept = {key: row[key] for key in ("audios", "task", "subtask", "language", "seconds")}
+    return {"messages": row["messages"], "rejected_response": rejected, **kept}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="the model after SFT")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--rows", type=int, default=4_000, help="conversations; default 4000")
+    parser.add_argument("--answers", type=int, default=4, help="answers to each; default 4")
+    parser.add_argument("--temperature", type=float, default=1.0, help="default 1")
+    parser.add_argument("--batch", type=int, default=16, help="rows answered at once; default 16")
+    parser.add_argument("--device", help="default: the GPU where there is one")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
+    args = parser.parse_args(argv)
+    data = args.data.resolve()
+    (data / "parts").mkdir(parents=True, exist_ok=True)
+    make_tiny_data.make(data, "pairs", args.rows, args.seed, args.workers, None)
+    try:
+        rows = evaluate_tiny.read(data / "pairs.jsonl")[: args.rows]
+        assistant = assistants.load(args.model, device=args.device)
+        answers = evaluate_tiny.answer(
+            assistant,
+            rows,
+            args.batch,
+            answers=args.answers,
+            temperature=args.temperature,
+            top_p=0.95,
+            top_k=0,
+            max_new_tokens=evaluate_tiny.MAX_NEW_TOKENS,
+            seed=args.seed,
+        )
+    except InputError as error:
+        print(f"make_tiny_pairs: {error}", file=sys.stderr)
+        return 2
+    made = [found for row, given in zip(rows, answers, strict=True) if (found := pair(row, given))]
+    new = args.out.with_suffix(".part")
+    new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made))
+    new.rename(args.out)
+    counts = ", ".join(f"{task} {n:,}" for task, n in Counter(r["task"] for r in made).items())
+    print(f"{len(made):,} pairs of {len(rows):,} conversations in {args.out} ({counts})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

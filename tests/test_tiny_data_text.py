@@ -1,0 +1,340 @@
+"""The small model's texts and tasks, and how its answers are scored. Nothing is spoken here."""
+
+import collections
+import json
+import random
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+pytest.importorskip("jiwer")
+
+import evaluate_tiny  # noqa: E402
+import make_tiny_data  # noqa: E402
+import make_tiny_pairs  # noqa: E402
+from tiny_data import questions, speech, tasks, texts  # noqa: E402
+
+QUATORZE = "quatre-vingt-quatorze"
+OTHERS = texts.LANGUAGES[1:]
+SENTENCE_ENDS = (".", "?", "。", "？")
+
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def train() -> list[Row]:
+    return [tasks.pretrain(i, 0) for i in range(8_000)] + [tasks.sft(i, 0) for i in range(8_000)]
+
+
+@pytest.fixture(scope="module")
+def held_out() -> list[Row]:
+    return [tasks.test(i, 0) for i in range(make_tiny_data.ROWS["test"])]
+
+
+def spoken(clip: Row) -> list[Row]:
+    """The clips of speech in a clip."""
+    if clip["kind"] == "speech":
+        return [clip]
+    return [found for part in clip.get("parts", ()) for found in spoken(part)]
+
+
+def speeches(rows: list[Row]) -> list[Row]:
+    return [found for row in rows for clip in row["clips"] for found in spoken(clip)]
+
+
+# Texts
+
+
+def test_numbers() -> None:
+    written = {
+        "en": {0: "zero", 13: "thirteen", 40: "forty", 71: "seventy-one"},
+        "de": {1: "eins", 21: "einundzwanzig", 30: "dreißig", 77: "siebenundsiebzig"},
+        "fr": {21: "vingt et un", 71: "soixante et onze", 80: "quatre-vingts", 94: QUATORZE},
+        "it": {21: "ventuno", 28: "ventotto", 33: "trentatré", 90: "novanta"},
+        "es": {16: "dieciséis", 22: "veintidós", 31: "treinta y uno", 100 - 1: "noventa y nueve"},
+        "yue": {0: "零", 10: "十", 11: "十一", 20: "二十", 99: "九十九"},
+        "zh": {0: "零/ling2", 10: "十/shi2", 12: "十二/shi2er4", 47: "四十七/si4shi2qi1"},
+        "ja": {0: "零/ぜろ", 14: "十四/じゅうよん", 30: "三十/さんじゅう", 47: "四十七/よんじゅうなな"},
+    }  # fmt: skip
+    for language, cases in written.items():
+        assert {n: texts.number(language, n) for n in cases} == cases
+        assert len({texts.number(language, n) for n in range(100)}) == 100
+
+
+def test_english_vocabulary_and_sentences() -> None:
+    rng = random.Random(0)
+    sentences = {texts.english(rng, "train").text for _ in range(20_000)}
+    assert len(sentences) > 8_000
+    words = collections.Counter(
+        word for text in sentences for word in re.findall("[a-z]+", text.lower())
+    )
+    assert len([word for word, count in words.items() if count >= 3]) >= 200
+    longer = {text for text in sentences if len(text.split()) > 8}
+    assert all(re.match(r"The \w+ to \w+ leaves at \w+ (in|at) ", text) for text in longer)
+    for n in range(100):
+        assert texts.word("en", ("num", str(n))).text.strip(".").lower() in texts.number("en", n)
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_vocabulary_of_the_other_languages(language: str) -> None:
+    """Thirty content words beside the numbers, and no two meanings written or spoken alike."""
+    kinds = [kind for kind in texts.KINDS if kind not in ("num", "nums")]
+    slots = {slot for kind in kinds for meaning in texts.meanings(kind) for slot in meaning[1:]}
+    words = {slot for slot in slots if slot and not slot.isdigit()}
+    assert len(words) >= 30
+    all_of_them = [
+        meaning for kind in texts.KINDS if kind != "nums" for meaning in texts.meanings(kind)
+    ]
+    sentences = [texts.word(language, meaning) for meaning in all_of_them]
+    assert len({s.text for s in sentences}) == len(sentences)
+    assert len({s.spoken or s.text for s in sentences}) == len(sentences)
+    assert all(s.english for s in sentences)
+    assert all(s.mandarin for s in sentences) == (language != "zh")
+    # Each word stands in some sentence that training may have.
+    trained = [m for m in all_of_them if not texts.is_test(texts.word(language, m), m[0])]
+    assert words <= {slot for meaning in trained for slot in meaning[1:]}
+
+
+def test_writing_is_regular() -> None:
+    rng = random.Random(1)
+    for language in texts.LANGUAGES:
+        for _ in range(400):
+            sentence = texts.sentence(language, rng, "train")
+            assert sentence.text.endswith(SENTENCE_ENDS)
+            assert sentence.text[0] == sentence.text[0].upper()
+            assert "  " not in sentence.text and "/" not in sentence.text
+            assert (sentence.spoken is not None) == (language in ("zh", "ja"))
+            if language == "zh":
+                assert re.fullmatch(r"[a-z0-9 ,.?]+", sentence.spoken or "")
+            if language == "ja":
+                assert not re.search("[\u4e00-\u9fff]", sentence.spoken or "")
+
+
+def test_the_clips_that_ship_are_learned(train: list[Row]) -> None:
+    file = ROOT / "qwen2audio_core" / "assets" / "clips" / "clips.json"
+    shipped = [clip for clip in json.loads(file.read_text()) if clip["kind"] == "speech"]
+    heard = {(clip["language"], clip["text"]) for clip in speeches(train)}
+    assert {(clip["language"], clip["transcript"]) for clip in shipped} <= heard
+    answers = dict(questions.facts("capitals"))
+    assert answers["What is the capital of France?"] == "Paris."
+
+
+@pytest.mark.parametrize("topic", [topic for topic in questions.TOPICS if questions.facts(topic)])
+def test_every_fact_is_trained_in_some_wording(topic: str) -> None:
+    facts = questions.facts(topic)
+    assert len({text for text, _ in facts}) == len(facts)
+    fact = {text: re.sub("[^a-z ]", "", text.lower()).split() for text, _ in facts}
+    everything = collections.Counter(answer for _, answer in facts)
+    trained = collections.Counter(a for t, a in facts if not texts.held_out(t))
+    assert everything.keys() == trained.keys(), fact
+    if topic == "arithmetic":
+        sums = {re.search(r"\w+ (plus|minus|times) \w+", t.lower())[0] for t, _ in facts}  # type: ignore[index]
+        taught = " | ".join(t.lower() for t, _ in facts if not texts.held_out(t))
+        assert all(sum_ in taught for sum_ in sums)
+
+
+def test_arithmetic_is_right() -> None:
+    value = {texts.number("en", n): n for n in range(100)}
+    for text, answer in questions.facts("arithmetic"):
+        a, sign, b = re.search(r"(\w+) (plus|minus|times) (\w+)", text.lower()).groups()  # type: ignore[union-attr]
+        results = {
+            "plus": value[a] + value[b],
+            "minus": value[a] - value[b],
+            "times": value[a] * value[b],
+        }
+        assert value[answer.strip(".").lower()] == results[sign]
+
+
+# Splits
+
+
+def test_no_test_sentence_is_trained(train: list[Row], held_out: list[Row]) -> None:
+    trained = {clip["text"] for clip in speeches(train)}
+    tested = {clip["text"] for clip in speeches(held_out)}
+    assert len(tested) > 800
+    assert not tested & trained
+    assert all(texts.held_out(text) for text in tested)
+
+
+def test_no_test_voice_speed_or_noise_is_trained(train: list[Row], held_out: list[Row]) -> None:
+    def voices(rows: list[Row]) -> set[tuple[str, ...]]:
+        # Of espeak the variant is the voice, in whichever language.
+        found = {tuple(clip["voice"]) for clip in speeches(rows)}
+        return {(e, v if e == "espeak" else n) for e, n, v in found}
+
+    assert not voices(train) & voices(held_out)
+    assert len([v for v in voices(held_out) if v[0] == "espeak"]) >= 15
+    assert len([v for v in voices(held_out) if v[0] == "flite"]) >= 1
+    for what in ("rate", "pitch"):
+        ours, theirs = ({clip[what] for clip in speeches(rows)} for rows in (train, held_out))
+        assert ours & theirs == ({50} if what == "pitch" else set())
+    levels = [
+        {clip["noise"]["snr_db"] for clip in speeches(rows) if clip["noise"]}
+        for rows in (train, held_out)
+    ]
+    assert levels[0] and levels[1] and not levels[0] & levels[1]
+    engine = speeches([row for row in held_out if row["set"] == "engine"])
+    assert engine and all(clip["voice"][0] == "flite" for clip in engine)
+
+
+# Rows
+
+
+def test_rows_are_well_formed(train: list[Row], held_out: list[Row]) -> None:
+    for row in [*train, *held_out]:
+        assert row["clips"] and row["task"] and row["language"] in texts.LANGUAGES
+        if "messages" in row:
+            roles = [message["role"] for message in row["messages"]]
+            assert roles == ["user", "assistant"] * (len(roles) // 2)
+            placeholders = sum(m["content"].count("<audio>") for m in row["messages"][::2])
+            assert placeholders == len(row["clips"])
+            assert all(message["content"].strip() for message in row["messages"])
+            assert not any("<audio>" in message["content"] for message in row["messages"][1::2])
+        else:
+            assert len(row["clips"]) == 1 and row["gt"].strip() and row["source"]
+            tagged = row["prompt"].endswith(f"<|{row['language']}|>")
+            assert tagged == (
+                row["task"] in ("asr", "asr_long", "asr_silence", "translate_en", "translate_zh")
+            )
+            assert ("<|" in row["gt"]) == (row["task"] == "language")
+
+
+def test_shares_of_tasks(train: list[Row], held_out: list[Row]) -> None:
+    pretrain, sft = train[:8_000], train[8_000:]
+    counts = collections.Counter(row["task"] for row in pretrain)
+    total = sum(tasks.PRETRAIN.values())
+    assert total == 100
+    assert abs(counts["asr"] / len(pretrain) - 0.57) < 0.02
+    english = sum(row["language"] == "en" for row in pretrain if row["task"] == "asr")
+    assert abs(english / counts["asr"] - 0.35) < 0.03
+    assert {row["language"] for row in pretrain} == set(texts.LANGUAGES)
+    assert {row["task"] for row in sft} == {"voice_chat", "analysis", "several_clips", "silence"}
+    tested = collections.Counter((row["task"], row["set"]) for row in held_out)
+    assert min(tested.values()) >= 30
+    assert tested["asr", "engine"] >= 100
+    for language in texts.LANGUAGES:
+        rows = [r for r in held_out if r["task"] == "asr" and r["language"] == language]
+        assert len(rows) >= 60, language
+
+
+def test_one_seed_decides_everything() -> None:
+    for draw in (tasks.pretrain, tasks.sft, tasks.test, tasks.valid, tasks.pairs):
+        first = [draw(i, 3) for i in range(30)]
+        assert [draw(i, 3) for i in reversed(range(30))] == first[::-1]
+        assert [draw(i, 4) for i in range(30)] != first
+    assert [tasks.pretrain(i, 0, "valid") for i in range(30)] != [
+        tasks.pretrain(i, 0) for i in range(30)
+    ]
+
+
+def test_answers_about_several_clips(train: list[Row]) -> None:
+    rows = [row for row in train if row["task"] == "several_clips" and len(row["clips"]) == 2]
+    louder = [row for row in rows if row["subtask"] == "louder"]
+    assert len(louder) > 20
+    for row in louder:
+        first, second = (clip["gain_db"] for clip in row["clips"])
+        last = row["messages"][-1]["content"]
+        assert last == tasks.ONES[second > first]
+        assert abs(first - second) >= 12
+    genders = {
+        tuple(v.key): v.gender for code in texts.LANGUAGES for v in speech.voices(code, "train")
+    }
+    for row in rows:
+        if row["subtask"] == "which_gender":
+            question, answer = (message["content"] for message in row["messages"][-2:])
+            wanted = "woman" if "woman" in question else "man"
+            asked = row["clips"][tasks.ONES.index(answer)]
+            assert genders[tuple(asked["voice"])] == wanted
+        if row["subtask"] == "says":
+            question, answer = (message["content"] for message in row["messages"][-2:])
+            which = 1 if "second" in question else 0
+            assert row["clips"][which]["text"] == answer
+
+
+# Scores
+
+
+def row(task: str, wanted: str, language: str = "en", **more: Any) -> Row:
+    return {
+        "task": task,
+        "subtask": "",
+        "set": "voices",
+        "language": language,
+        "gt": wanted,
+        **more,
+    }
+
+
+def test_normalise() -> None:
+    assert evaluate_tiny.normalise("Twenty-one, please!") == "twenty one please"
+    assert evaluate_tiny.normalise("<|fr|>Où est l'hôtel ?") == "où est l hôtel"
+    assert evaluate_tiny.normalise("二十一，三。", unspaced=True) == "二十一三"
+
+
+def test_error_rates() -> None:
+    rows = [row("asr", "The red book."), row("asr", "Ten.")]
+    assert evaluate_tiny.error_rate(rows, ["the red cook", "ten"], "wer") == 1 / 4
+    assert evaluate_tiny.error_rate(rows, ["the red", "ten ten ten"], "wer") == 3 / 4
+    han = [row("asr", "红色的书。", "zh")]
+    assert evaluate_tiny.error_rate(han, ["红 色 的 树"], "cer") == 1 / 4
+    assert evaluate_tiny.error_rate([row("asr", "Zwei Äpfel.", "de")], ["zwei apfel"], "cer") == 0.1
+
+
+def test_scores_by_task_language_and_engine() -> None:
+    rows = [
+        row("asr", "One two."),
+        row("asr", "One two.") | {"set": "engine"},
+        row("asr", "Le chat.", "fr"),
+        row("language", "<|de|>Hallo.", "de"),
+        row("language", "<|it|>Ciao.", "it"),
+        row("sounds", "A bell rings."),
+        {**row("voice_chat", ""), "messages": [{"content": "<audio>"}, {"content": "Paris."}]},
+    ]
+    answers = ["One.", "One two.", "Le chat", "<|de|>Ballon.", "<|es|>Ciao.", "A siren.", "paris"]
+    scores = evaluate_tiny.score(rows, answers)
+    assert {name: found["value"] for name, found in scores.items()} == {
+        "wer.en": 0.5,
+        "wer.unseen_engine": 0.0,
+        "cer.fr": 0.0,
+        "accuracy.language": 0.5,
+        "accuracy.language.de": 1.0,
+        "accuracy.language.it": 0.0,
+        "accuracy.sounds": 0.0,
+        "accuracy.voice_chat": 1.0,
+    }
+    assert scores["accuracy.language"]["rows"] == 2
+    table = evaluate_tiny.table(scores)
+    assert "| which language, accuracy | 2 | 50.0% |" in table.splitlines()
+    assert set(evaluate_tiny.TITLES) >= {n for n in scores if n.count(".") == 1}
+
+
+def test_a_conversation_is_given_without_its_last_answer() -> None:
+    messages = [
+        {"role": "user", "content": "<audio><audio>What is said?"},
+        {"role": "assistant", "content": "One."},
+        {"role": "user", "content": "<audio>"},
+        {"role": "assistant", "content": "Two."},
+    ]
+    turns = evaluate_tiny.turns({"messages": messages, "audios": ["a", "b", "c"]})
+    clip = [{"type": "audio", "audio": name} for name in "abc"]
+    assert [turn["content"] for turn in turns] == [
+        [clip[0], clip[1], {"type": "text", "text": "What is said?"}],
+        [{"type": "text", "text": "One."}],
+        [clip[2]],
+    ]
+
+
+def test_pairs_take_the_wrong_answer_given_most() -> None:
+    said = {**tasks.pairs(0, 0), "audios": ["a.wav"], "seconds": 1.0}
+    right = said["messages"][-1]["content"]
+    assert make_tiny_pairs.pair(said, [right, right.upper()]) is None
+    made = make_tiny_pairs.pair(said, [right, "The book.", "The book.", "No book at all."])
+    assert made is not None
+    assert made["rejected_response"] == "The book."
+    assert made["messages"] == said["messages"] and made["audios"] == ["a.wav"]
