@@ -31,6 +31,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker, before numpy is there
 
 import soundfile
+
 from tiny_data import render, tasks
 
 RATE = 16_000
