@@ -188,12 +188,20 @@ def table(scores: dict[str, dict[str, float]], details: bool = False) -> str:
 
 
 def read(path: Path) -> list[Row]:
+    """The rows of a jsonl, their clips by paths that hold from anywhere."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         raise InputError(
             f"{path}: cannot read it ({error.strerror}); make it with scripts/make_tiny_data.py"
         ) from error
+    folder = path.resolve().parent
+    for row in rows:
+        if "audio" in row:
+            row["audio"] = str(folder / row["audio"])
+        else:
+            row["audios"] = [str(folder / clip) for clip in row["audios"]]
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,8 +13,8 @@
     texts.txt       every prompt and answer of the training, for the tokenizer
 
 Every row also has "task", "subtask", "language", "set" and "seconds" (of all its clips). Paths are
-absolute. A run that was broken off goes on where it stopped. The same seed makes the same data.
-Needs espeak-ng and flite.
+relative to DIR. A run that was broken off goes on where it stopped. The same seed makes the same
+data. Needs espeak-ng and flite.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def make_chunk(job: Job) -> tuple[str, int, float, int]:
             waveform = render.render(clip, seed=hash_of(stage, seed, i, n))
             path = folder / f"{i:07}{chr(ord('a') + n) if n else ''}.wav"
             soundfile.write(path, waveform, RATE, subtype="PCM_16")
-            paths.append(str(path))
+            paths.append(str(path.relative_to(out)))
             seconds += len(waveform) / RATE
         lines.append(json.dumps(as_written(row, paths, seconds), ensure_ascii=False))
         total += seconds
@@ -117,6 +117,7 @@ def texts_of(row: dict) -> list[str]:
 
 def make(out: Path, stage: str, rows: int, seed: int, workers: int, hours: float | None) -> None:
     """Make one stage, and its jsonl when all of it is there."""
+    (out / "parts").mkdir(parents=True, exist_ok=True)
     final = out / f"{stage}.jsonl"
     if final.exists():
         print(f"{stage}: {final} is there")
@@ -156,16 +157,14 @@ def make(out: Path, stage: str, rows: int, seed: int, workers: int, hours: float
     print(f"{stage}: {sum(tasks_made.values()):,} rows in {final} ({counts})")
 
 
-def write_texts(out: Path) -> None:
-    """texts.txt from what there is of the two training stages."""
-    lines = [
-        line
-        for stage in ("pretrain", "sft")
-        if (out / f"{stage}.jsonl").exists()
-        for row in read(out / f"{stage}.jsonl")
-        for line in texts_of(row)
-    ]
-    (out / "texts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def write_texts(out: Path, rows: dict[str, int], seed: int) -> None:
+    """texts.txt: what the rows of the training stages ask and answer. Needs no clips."""
+    new = out / "texts.txt.part"
+    with new.open("w", encoding="utf-8") as file:
+        for stage in ("pretrain", "sft"):
+            for i in range(rows[stage]):
+                file.writelines(line + "\n" for line in texts_of(DRAW[stage](i, seed)))
+    new.rename(out / "texts.txt")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -184,11 +183,14 @@ def main(argv: list[str] | None = None) -> int:
         if shutil.which(program) is None:
             parser.error(f"{program} is not installed (Debian and Ubuntu: apt install {program})")
     out = args.out.resolve()
-    (out / "parts").mkdir(parents=True, exist_ok=True)
-    for stage, rows in (SMALL if args.small else ROWS).items():
+    out.mkdir(parents=True, exist_ok=True)
+    counts = SMALL if args.small else ROWS
+    if args.rows:
+        counts = dict.fromkeys(counts, args.rows)
+    write_texts(out, counts, args.seed)
+    for stage, rows in counts.items():
         if args.stage in (None, stage):
-            make(out, stage, args.rows or rows, args.seed, args.workers, args.hours)
-    write_texts(out)
+            make(out, stage, rows, args.seed, args.workers, args.hours)
     return 0
 
 

@@ -14,6 +14,7 @@ Rows that are answered right each time make no pair. The form is ms-swift's:
 import argparse
 import json
 import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -28,7 +29,8 @@ from qwen2audio_core.errors import InputError
 
 def pair(row: Row, answers: list[str]) -> Row | None:
     """A row with the wrong answer that was given most often, the longest of those; None if none."""
-    wrong = Counter(answer.strip() for answer in answers if not is_right(row, answer))
+    plain = (re.sub(r"<\|.*?\|>", "", answer).strip() for answer in answers)
+    wrong = Counter(answer for answer in plain if not is_right(row, answer))
     wrong.pop("", None)
     if not wrong:
         return None
@@ -53,7 +55,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
     args = parser.parse_args(argv)
     data = args.data.resolve()
-    (data / "parts").mkdir(parents=True, exist_ok=True)
     make_tiny_data.make(data, "pairs", args.rows, args.seed, args.workers, None)
     try:
         rows = evaluate_tiny.read(data / "pairs.jsonl")[: args.rows]
