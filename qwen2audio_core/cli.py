@@ -31,6 +31,7 @@ from qwen2audio_core.options import (
     TopK,
     TopP,
 )
+from qwen2audio_core.serving.command import serve
 from qwen2audio_core.terminal import (
     URLS,
     load,
@@ -339,6 +340,9 @@ def info(
         import rich
 
         rich.print(found)
+
+
+app.command()(serve)
 
 
 def expand_clips(words: list[str]) -> list[str]:

@@ -52,6 +52,8 @@ SIDEWAYS = {
     ("engine", "packing"),
     ("engine", "prefix_cache"),
     ("engine", "slots"),
+    ("serving", "transcribe"),
+    ("serving", "__init__"),
 }
 # Third-party packages besides torch: at the top of a file, and only inside a function.
 EAGER = {
@@ -60,6 +62,7 @@ EAGER = {
     "weights": {"safetensors"},
     "cli": {"typer"},
     "options": {"typer"},
+    "serving": {"typer"},
 }
 INSIDE = {
     "audio": {"soxr", "torchaudio"},
@@ -72,6 +75,7 @@ INSIDE = {
     "compare": {"rich", "transformers"},
     "info": {"rich"},
     "cli": {"rich"},
+    "serving": {"fastapi", "starlette", "uvicorn", "h11", "python_multipart", "prometheus_client"},
 }
 # Not needed to import the core: the extras, and what only some calls use.
 OPTIONAL = (
@@ -84,6 +88,7 @@ OPTIONAL = (
     "soundfile",
     "soxr",
     "rich",
+    *("fastapi", "starlette", "uvicorn", "h11", "python_multipart", "prometheus_client"),
     KERNELS,
 )
 

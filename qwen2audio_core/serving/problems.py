@@ -1,0 +1,68 @@
+"""What went wrong, in OpenAI's form: {"error": {"message", "type", "param", "code"}}."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qwen2audio_core.errors import InputError
+from qwen2audio_core.terminal import memory_line
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+}
+
+
+class ApiError(Exception):
+    """A request that is not answered.
+
+    status   of HTTP
+    param    the field that is to blame
+    code     a word for programs
+    headers  to send along
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else TYPES[400])
+        content = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return {"error": content}
+
+
+def problem(error: Exception) -> ApiError:
+    """What a caller is told of an exception: all of what is theirs, nothing of what is ours."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ExceptionGroup):  # of tasks side by side, the first to fail
+        return problem(error.exceptions[0])
+    if isinstance(error, InputError):
+        return ApiError(400, str(error))
+    if memory_line(error):
+        return ApiError(
+            503,
+            "the server is out of memory: send less audio, or try again later",
+            code="out_of_memory",
+            headers={"Retry-After": "5"},
+        )
+    return ApiError(500, "the server failed, its log says why", code="internal_error")

@@ -1,0 +1,111 @@
+"""From the options of the command line to a running server, and to its clean end.
+
+SIGTERM or Ctrl-C: no new connection is taken, what is being answered is finished, then the process
+ends with code 0. What is not finished within `grace` seconds is cancelled.
+"""
+
+import signal
+import socket
+from typing import Any
+
+from qwen2audio_core.assistant import Assistant
+from qwen2audio_core.engine import Engine
+from qwen2audio_core.errors import InputError
+from qwen2audio_core.serving.app import create_app
+from qwen2audio_core.serving.policy import Policy
+from qwen2audio_core.serving.service import Service
+from qwen2audio_core.terminal import note
+
+
+def check_installed() -> None:
+    """Raise InputError where the extra `serve` is missing."""
+    try:
+        import fastapi  # noqa: F401
+        import h11  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"the server needs {error.name}: pip install 'qwen2audio[serve]'"
+        ) from error
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that holds the address, before minutes are spent on a model. 0 picks a free port."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = found[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+        except OSError:
+            sock.close()
+            raise
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"cannot listen at {host} port {port}: {why}") from error
+    return sock
+
+
+def serve(
+    sock: socket.socket,
+    assistant: Assistant,
+    policy: Policy,
+    engine_options: dict[str, Any],
+    *,
+    access_log: bool = False,
+    grace: float = 60.0,
+) -> None:
+    """Answer at a bound socket until a signal comes."""
+    engine = Engine(assistant.model, **engine_options)
+    service = Service(assistant, engine, policy)
+    try:
+        server = make_server(service, access_log=access_log, grace=grace)
+        # Once it is through with the requests, uvicorn raises the signal again, for whom it may
+        # concern: nobody.
+        before = signal.signal(signal.SIGTERM, lambda *_: None)
+        interrupt = signal.signal(signal.SIGINT, lambda *_: None)
+        try:
+            server.run(sockets=[sock])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGINT, interrupt)
+    finally:
+        service.close()
+
+
+def make_server(service: Service, *, access_log: bool = False, grace: float = 60.0) -> Any:
+    """A uvicorn.Server of a service; it says where it listens once it does."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            for one in sockets or []:
+                host, port = one.getsockname()[:2]
+                host = f"[{host}]" if ":" in host else host
+                note(f"{service.policy.name} answers at http://{host}:{port}/v1 (Ctrl-C ends it)")
+
+    handlers = {"class": "logging.StreamHandler", "formatter": "plain"}  # to stderr
+    level = {"handlers": ["stderr"], "level": "WARNING", "propagate": False}
+    config = uvicorn.Config(
+        create_app(service),
+        lifespan="off",
+        access_log=access_log,
+        server_header=False,
+        timeout_graceful_shutdown=int(grace),
+        log_config={
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {"plain": {"format": "%(asctime)s %(levelname)s %(message)s"}},
+            "handlers": {"stderr": handlers},
+            "loggers": {
+                "uvicorn": level,
+                "uvicorn.error": level,
+                "uvicorn.access": {**level, "level": "INFO"},
+            },
+        },
+    )
+    return Server(config)
