@@ -35,7 +35,7 @@ import soundfile
 from tiny_data import render, tasks
 
 RATE = 16_000
-FOLDER = 2_000  # clips of a folder, at most
+FOLDER = 1_000  # rows whose clips, two at most, share a folder
 CHUNK = 400  # rows made at a time; what a broken-off run loses, for each worker
 ROWS = {"pretrain": 50_000, "sft": 30_000, "valid": 600, "test": 2_620}
 SMALL = {"pretrain": 2_000, "sft": 500, "valid": 60, "test": 300}
@@ -48,14 +48,20 @@ DRAW = {
 }
 SEEDS = {stage: i for i, stage in enumerate(DRAW)}
 
-Job = tuple[str, int, int, int, str]  # stage, seed, first row, last row, folder
+Job = tuple[str, int, int, int, Path]  # stage, seed, first row, one past the last, folder
 
 
-def make_chunk(job: Job) -> tuple[str, int, float, int]:
-    """Rows first to last of a stage: their clips, and a jsonl of them. Returns rows and seconds."""
+def part_of(job: Job) -> Path:
+    """Where the rows of a job are listed, once all their clips are there."""
     stage, seed, first, last, out = job
-    folder = Path(out) / "wav" / stage / f"{first // FOLDER:04}"
-    part = Path(out) / "parts" / f"{stage}-{first:07}.jsonl"
+    return out / "parts" / f"{stage}-{seed}-{first:07}-{last:07}.jsonl"
+
+
+def make_chunk(job: Job) -> tuple[int, float]:
+    """Make the clips of some rows, then the jsonl that lists them. Returns rows and seconds."""
+    stage, seed, first, last, out = job
+    folder = out / "wav" / stage / f"{first // FOLDER:04}"
+    part = part_of(job)
     folder.mkdir(parents=True, exist_ok=True)
     lines, total = [], 0.0
     for i in range(first, last):
@@ -73,7 +79,7 @@ def make_chunk(job: Job) -> tuple[str, int, float, int]:
     new = part.with_suffix(".new")
     new.write_text(text, encoding="utf-8")
     new.rename(part)
-    return stage, len(lines), total, os.getpid()
+    return len(lines), total
 
 
 def hash_of(stage: str, seed: int, i: int, n: int) -> int:
@@ -94,10 +100,6 @@ def as_written(row: dict, paths: list[str], seconds: float) -> dict:
         "source": row["source"],
         **about,
     }
-
-
-def parts_of(out: Path, stage: str) -> list[Path]:
-    return sorted((out / "parts").glob(f"{stage}-*.jsonl"))
 
 
 def read(path: Path) -> Iterator[dict]:
@@ -122,15 +124,12 @@ def make(out: Path, stage: str, rows: int, seed: int, workers: int, hours: float
     if final.exists():
         print(f"{stage}: {final} is there")
         return
-    jobs = [
-        (stage, seed, first, min(first + CHUNK, rows), str(out)) for first in range(0, rows, CHUNK)
-    ]
-    there = {path.name for path in parts_of(out, stage)}
-    left = [job for job in jobs if f"{stage}-{job[2]:07}.jsonl" not in there]
+    jobs = [(stage, seed, i, min(i + CHUNK, rows), out) for i in range(0, rows, CHUNK)]
+    left = [job for job in jobs if not part_of(job).exists()]
+    stated = sum(row["seconds"] for job in jobs if job not in left for row in read(part_of(job)))
     began, made, seconds = time.monotonic(), 0, 0.0
-    stated = sum(row["seconds"] for path in parts_of(out, stage) for row in read(path))
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        for _, count, sound, _ in pool.imap(make_chunk, left):
+        for count, sound in pool.imap(make_chunk, left):
             made += count
             seconds += sound
             spent = time.monotonic() - began
@@ -149,7 +148,7 @@ def make(out: Path, stage: str, rows: int, seed: int, workers: int, hours: float
     tasks_made: Counter[str] = Counter()
     new = final.with_suffix(".jsonl.part")
     with new.open("w", encoding="utf-8") as file:
-        for path in parts_of(out, stage):
+        for path in filter(Path.exists, map(part_of, jobs)):
             file.write(path.read_text(encoding="utf-8"))
             tasks_made.update(row["task"] for row in read(path))
     new.rename(final)

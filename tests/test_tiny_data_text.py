@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -256,6 +258,53 @@ def test_answers_about_several_clips(train: list[Row]) -> None:
             question, answer = (message["content"] for message in row["messages"][-2:])
             which = 1 if "second" in question else 0
             assert row["clips"][which]["text"] == answer
+
+
+# Files
+
+
+def test_a_broken_off_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def render(clip: Row, seed: int) -> np.ndarray:
+        return np.full(1_600 + seed % 100, 0.5, np.float32)
+
+    monkeypatch.setattr(make_tiny_data.render, "render", render)
+    monkeypatch.setattr(make_tiny_data, "CHUNK", 5)
+    make_tiny_data.make(tmp_path, "sft", 12, 0, 1, None)
+    whole = (tmp_path / "sft.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert len(rows) == 12
+    for i, row in enumerate(rows):
+        assert row["messages"] == tasks.sft(i, 0)["messages"]
+        sounds = [soundfile.info(tmp_path / clip) for clip in row["audios"]]
+        assert all((s.subtype, s.samplerate, s.channels) == ("PCM_16", 16_000, 1) for s in sounds)
+        assert abs(sum(s.duration for s in sounds) - row["seconds"]) < 0.01
+    (tmp_path / "sft.jsonl").unlink()
+    (tmp_path / "parts" / "sft-0-0000005-0000010.jsonl").unlink()
+    chunk = make_tiny_data.make_chunk
+    monkeypatch.setattr(make_tiny_data, "make_chunk", lambda job: made.append(job[2]) or chunk(job))
+    monkeypatch.setattr(make_tiny_data.multiprocessing, "get_context", lambda _: InProcess)
+    make_tiny_data.make(tmp_path, "sft", 12, 0, 1, None)
+    assert made == [5]
+    assert (tmp_path / "sft.jsonl").read_text(encoding="utf-8") == whole
+    make_tiny_data.make(tmp_path / "other", "sft", 12, 1, 1, None)
+    assert (tmp_path / "other" / "sft.jsonl").read_text(encoding="utf-8") != whole
+
+
+class InProcess:
+    """A pool of workers that is this process."""
+
+    def __init__(self, workers: int):
+        self.imap = map
+
+    def __enter__(self) -> "InProcess":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    Pool = classmethod(lambda cls, workers: cls(workers))
 
 
 # Scores
