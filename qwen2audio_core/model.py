@@ -71,6 +71,13 @@ class Qwen2Audio(nn.Module):
         last_only: bool = False,
     ) -> Tensor:
         """The second half of forward: embeddings (B, T, D) to logits. Arguments as there."""
+        x = self.hidden(x, attention_mask, cache)
+        return self.language_model.lm_head(x[:, -1:] if last_only else x)
+
+    def hidden(
+        self, x: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """What lm_head reads: embeddings (B, T, D) to normed hidden states (B, T, D)."""
         if cache is not None and cache.length > 0:
             if attention_mask is not None:
                 raise ValueError(
@@ -87,7 +94,7 @@ class Qwen2Audio(nn.Module):
         x = self.language_model.model(x, positions, key_start, cache)
         if cache is not None:
             cache.advance(x.shape[1])
-        return self.language_model.lm_head(x[:, -1:] if last_only else x)
+        return x
 
     def encode_audio(self, mel: Tensor, conv_frames: Tensor) -> Tensor:
         """Clips to rows of the text width: mel (n, M, F), conv_frames (n,) -> (n, A, D)."""
