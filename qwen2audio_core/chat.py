@@ -16,7 +16,7 @@ import base64
 import binascii
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -49,6 +49,8 @@ class Prompt:
     clips: list[Tensor]  # waveforms (N,), 16 kHz mono float32, in the order of their placeholders
     audio_tokens: list[int]  # A of each clip
     notices: list[str]  # what a person should know, such as where a long clip was split
+    # Spans of ids that hold an assistant's turn with its <|im_end|>: what training learns from.
+    answers: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,11 @@ def encode(
     clips: list[Tensor] = []
     audio_tokens: list[int] = []
     notices: list[str] = []
+    answers: list[tuple[int, int]] = []
+    opening = tokenizer.encode("assistant\n")
     for role, items in turns:
         writer.special("<|im_start|>")
+        begin = len(writer.finish())
         writer.text(role + "\n")
         for item in items:
             writer.where = item.where
@@ -129,11 +134,16 @@ def encode(
                 writer.special(AUDIO_EOS)
                 writer.text("\n")
         writer.special("<|im_end|>")
+        if role == "assistant":
+            ids = writer.finish()
+            # An answer that begins with a line end shares a token with the role's own.
+            same = [a == b for a, b in zip(opening, ids[begin:], strict=False)]
+            answers.append((begin + [*same, False].index(False), len(ids)))
         writer.text("\n")
     if add_generation_prompt:
         writer.special("<|im_start|>")
         writer.text("assistant\n")
-    return Prompt(writer.finish(), clips, audio_tokens, notices)
+    return Prompt(writer.finish(), clips, audio_tokens, notices, answers)
 
 
 def encode_raw(

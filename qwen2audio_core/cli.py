@@ -41,6 +41,7 @@ from qwen2audio_core.terminal import (
     quiet_libraries,
     write,
 )
+from qwen2audio_core.training.command import train
 
 app = typer.Typer(
     help="Qwen2-Audio in plain PyTorch: ask about speech, sound and music, and get text.",
@@ -367,6 +368,9 @@ def expand_clips(words: list[str]) -> list[str]:
                 raise InputError(f"{word}: no such file; if it is the question, put it first")
         result.append(word)
     return result
+
+
+app.command()(train)
 
 
 def main() -> NoReturn:

@@ -25,18 +25,20 @@ def save_model(
     model: Qwen2Audio,
     folder: str | Path,
     *,
+    dtype: torch.dtype | None = None,
     companions: str | Path | None = None,
     max_shard_bytes: int = 4_000_000_000,
     overwrite: bool = False,
 ) -> None:
     """Write a model as a checkpoint with the published names, which transformers reads too.
 
+    dtype       to write; None for the model's own
     companions  a checkpoint's folder to copy the tokenizer and the small settings from
     errors      CheckpointError, and then nothing is left at `folder` but what was there before
     """
     state = model.state_dict()
     kinds = {plain(tensor.dtype) for tensor in state.values()}
-    if len(kinds) != 1:
+    if dtype is None and len(kinds) != 1:
         raise CheckpointError(
             f"{folder}: the model's tensors are of mixed dtypes ({', '.join(sorted(kinds))});"
             " convert it first, for example model.to(torch.bfloat16)"
@@ -48,8 +50,17 @@ def save_model(
             if os.path.lexists(source / name):
                 files[name] = inside(source, name).read_bytes()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    dtype = next(iter(state.values())).dtype
-    write(folder, model.config, shapes, state.__getitem__, dtype, files, max_shard_bytes, overwrite)
+    kind = dtype or next(iter(state.values())).dtype
+    write(
+        folder,
+        model.config,
+        shapes,
+        lambda name: state[name].to(kind),
+        kind,
+        files,
+        max_shard_bytes,
+        overwrite,
+    )
 
 
 def write(

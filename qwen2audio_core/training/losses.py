@@ -1,0 +1,46 @@
+"""What is minimised: pure functions of hidden states and labels, sums and not means.
+
+A step may consist of several batches, on several machines. Each contributes a sum, and all are
+divided by one count of the whole step, so that every token weighs the same wherever it lies.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100  # the label of a position that is not trained on
+
+
+def supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden states that predict a label, and these labels.
+
+    hidden   (B, T, D)  hidden[:, t] predicts labels[:, t + 1]
+    labels   (B, T)     the ids themselves, IGNORE where nothing is trained
+    returns  (P, D), (P,)  so that the output head, the widest matrix there is, runs on P positions
+    """
+    wanted = labels[:, 1:] != IGNORE
+    return hidden[:, :-1][wanted], labels[:, 1:][wanted]
+
+
+def next_token(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the negative log-likelihoods, -log softmax(logits)[label], in float32 or wider.
+
+    logits  (P, V), labels (P,); returns ()
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, labels, reduction="sum")
+
+
+def ctc(logits: Tensor, frames: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:
+    """Connectionist temporal classification: sum over clips of -log p(text | frames) / characters.
+
+    logits   (n, T, K)  class 0 is the blank
+    frames   (n,)       valid frames of each clip
+    targets  (n, S)     classes 1 .. K - 1, padded with anything behind `lengths`
+    lengths  (n,)       characters of each text
+    returns  ()         clips whose text cannot fit into their frames count as zero
+    Graves et al., ICML 2006.
+    """
+    log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # (T, n, K)
+    each = F.ctc_loss(log_probs, targets, frames, lengths, reduction="none", zero_infinity=True)
+    return (each / lengths.clamp(min=1)).sum()
