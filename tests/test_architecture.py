@@ -63,6 +63,7 @@ EAGER = {
     "cli": {"typer"},
     "options": {"typer"},
     "serving": {"typer"},
+    "training": {"typer"},
 }
 INSIDE = {
     "audio": {"soxr", "torchaudio"},
