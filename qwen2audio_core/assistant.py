@@ -160,11 +160,11 @@ class Assistant:
 
     @property
     def device(self) -> torch.device:
-        return self.model.language_model.lm_head.weight.device
+        return self.model.language_model.model.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.language_model.lm_head.weight.dtype
+        return self.model.language_model.model.embed_tokens.weight.dtype
 
     def ask(self, text: str | None = None, audio: Any = None, **options: Any) -> Reply:
         """Answer one question.

@@ -89,8 +89,8 @@ def use(
     reason = ""
     automatic = every == "auto"
     if automatic:
-        usable, reason = _triton()
-        every = "triton" if usable else "torch"
+        kernels, reason = find_kernels()
+        every = "torch" if kernels is None else "triton"
     defaults = dict.fromkeys(PLAIN, every)
     if automatic or every == "triton":
         defaults["linear"] = "packed" if automatic and not _why_not_packed(model) else "torch"
@@ -132,22 +132,26 @@ def _function(op: str, wanted: str | Op, model: nn.Module) -> Op:
     if wanted != "triton":
         known = [*PLAIN[op], "triton", "auto"]
         raise InputError(f"{op} has no backend {wanted!r}, choose {', '.join(known)} or a function")
-    usable, reason = _triton()
-    if not usable:
-        raise InputError(f"the Triton kernels cannot run here: {reason}")
-    import qwen2audio_kernels
-
-    function: Op = getattr(qwen2audio_kernels, op)
+    function: Op = getattr(triton_kernels(), op)
     return function
 
 
-def _triton() -> tuple[bool, str]:
+def find_kernels() -> tuple[Any, str]:
+    """The package qwen2audio_kernels where it can run, else None; and why, in a sentence."""
     try:
         import qwen2audio_kernels
     except ImportError:
-        return False, "the package qwen2audio_kernels is not installed"
+        return None, "the package qwen2audio_kernels is not installed"
     found = qwen2audio_kernels.available()
-    return bool(found), found.reason
+    return qwen2audio_kernels if found else None, found.reason
+
+
+def triton_kernels() -> Any:
+    """The package qwen2audio_kernels; InputError where it cannot run."""
+    found, reason = find_kernels()
+    if found is None:
+        raise InputError(f"the Triton kernels cannot run here: {reason}")
+    return found
 
 
 def _pattern(layers: str) -> re.Pattern[str]:

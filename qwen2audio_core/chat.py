@@ -204,18 +204,26 @@ def encode_raw(
     return Prompt(ids, waveforms, audio_tokens, notices)
 
 
-def check_length(prompt: Prompt, limit: int) -> None:
-    """Raise PromptError if a prompt leaves no room for an answer in the model's context.
+def check_length(prompt: Prompt, limit: int) -> int:
+    """The tokens that a prompt leaves for its answer; arguments and errors as in `room`."""
+    return room(len(prompt.ids), limit, prompt.audio_tokens)
 
-    limit  config.text.max_position_embeddings; 8,192 in the published model
+
+def room(tokens: int, limit: int, audio_tokens: Sequence[int] = ()) -> int:
+    """How many tokens a prompt of so many leaves for its answer in the model's context.
+
+    limit         config.text.max_position_embeddings; 8,192 in the published model
+    audio_tokens  those of each clip among the prompt's, for the error to name
+    errors        PromptError where nothing is left
     """
-    if len(prompt.ids) >= limit:
-        clips = len(prompt.clips)
+    if tokens >= limit:
+        clips = len(audio_tokens)
+        heard = f", {sum(audio_tokens)} of them for {clips} clip{'s' * (clips != 1)}"
         raise PromptError(
-            f"the prompt has {len(prompt.ids)} tokens, {sum(prompt.audio_tokens)} of them for"
-            f" {clips} clip{'s' * (clips != 1)}, and the model's context holds {limit} with the"
-            " answer: use less audio or text"
+            f"the prompt has {tokens} tokens{heard * bool(clips)}, and the model's context holds"
+            f" {limit} with the answer: use less audio or text"
         )
+    return limit - tokens
 
 
 def collate(

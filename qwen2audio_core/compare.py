@@ -186,7 +186,7 @@ def compare(
     ours = weights.load_model(folder, device=device, dtype=dtype)
     if prepare is not None:
         prepare(ours)
-    dtype = ours.language_model.lm_head.weight.dtype
+    dtype = ours.language_model.model.embed_tokens.weight.dtype
     report = Report(
         folder.name,
         str(dtype).removeprefix("torch."),

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from qwen2audio_core import backends
-from qwen2audio_core.chat import Prompt
+from qwen2audio_core.chat import Prompt, check_length
 from qwen2audio_core.errors import InputError, PromptError
 from qwen2audio_core.generate import Answer
 from qwen2audio_core.model import Qwen2Audio
@@ -308,10 +308,8 @@ class Engine:
                 raise PromptError(
                     f"clip {i + 1} needs {needed} audio tokens, the prompt holds {held} for it"
                 )
-        limit = text.max_position_embeddings
-        if len(ids) >= limit:
-            raise InputError(f"the prompt has {len(ids)} tokens, the model's context holds {limit}")
-        budget = min(settings.max_new_tokens, limit - len(ids))
+        left = check_length(prompt, text.max_position_embeddings)
+        budget = min(settings.max_new_tokens, left)
         needed = len(ids) + budget - 1  # the last id is never read
         if needed > self.max_tokens:
             raise InputError(
@@ -492,15 +490,4 @@ def _kernels(backend: str, device: torch.device) -> Any:
         raise InputError(f"backend is {backend!r}, choose 'auto', 'torch' or 'triton'")
     if backend == "torch" or (backend == "auto" and device.type != "cuda"):
         return None
-    try:
-        import qwen2audio_kernels
-    except ImportError as error:
-        if backend == "auto":
-            return None
-        raise InputError("the package qwen2audio_kernels is not installed") from error
-    usable = qwen2audio_kernels.available()
-    if usable:
-        return qwen2audio_kernels
-    if backend == "auto":
-        return None
-    raise InputError(f"the Triton kernels cannot run here: {usable.reason}")
+    return backends.triton_kernels() if backend == "triton" else backends.find_kernels()[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qwen2audio_core.cache import KVCache
-from qwen2audio_core.chat import Batch
+from qwen2audio_core.chat import Batch, room
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.sampling import Likelihood, Settings, choose, log_probabilities
@@ -58,15 +58,13 @@ class Generation:
         self.model = model
         self.settings = settings
         self.logprobs = logprobs
-        weight = model.language_model.lm_head.weight
+        weight = model.language_model.model.embed_tokens.weight  # the head's may be codes
         self.device = device = weight.device
         self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         ids, mask = batch.ids.to(device), batch.attention_mask.to(device)
-        limit = model.config.text.max_position_embeddings
         longest = int(mask.sum(-1).max())
-        if longest >= limit:
-            raise InputError(f"the prompt has {longest} tokens, the model's context holds {limit}")
-        self.budget = min(settings.max_new_tokens, limit - longest)
+        left = room(longest, model.config.text.max_position_embeddings)
+        self.budget = min(settings.max_new_tokens, left)
         cache = KVCache(
             model.config.text, ids.shape[0], ids.shape[1] + self.budget - 1, device, weight.dtype
         )

@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen2audio_core.backends import find_kernels
 from qwen2audio_core.cache import KVCache
 from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.model import Qwen2Audio
@@ -206,11 +207,10 @@ class QuantizedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def _on_triton(self, x: Tensor) -> Tensor:
-        import qwen2audio_kernels
-
-        return qwen2audio_kernels.linear(
+        y: Tensor = _kernels().linear(
             x, self.qweight, self.bias, self.scales, deterministic=self.deterministic
         )
+        return y
 
     def widened(
         self, dtype: torch.dtype = torch.float32, start: int = 0, stop: int | None = None
@@ -509,16 +509,12 @@ def _cpu_block() -> int:
 
 
 def _triton(device: torch.device) -> bool:
-    return device.type == "cuda" and _triton_usable()
+    return device.type == "cuda" and _kernels() is not None
 
 
 @cache
-def _triton_usable() -> bool:
-    try:
-        import qwen2audio_kernels
-    except ImportError:
-        return False
-    return bool(qwen2audio_kernels.available())
+def _kernels() -> Any:
+    return find_kernels()[0]
 
 
 def _pieces(outputs: int, inputs: int, device: torch.device) -> Iterator[tuple[int, int]]:

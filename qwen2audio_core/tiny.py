@@ -19,6 +19,7 @@ from qwen2audio_core.config import AudioConfig, Qwen2AudioConfig, TextConfig
 from qwen2audio_core.errors import CheckpointError
 from qwen2audio_core.hub import TOKENIZER_FILES, inside
 from qwen2audio_core.saving import write
+from qwen2audio_core.tokenizer import byte_symbols
 from qwen2audio_core.weights import preprocessor_config, without_storage
 
 # The published added tokens in their order. Their ids follow the base vocabulary.
@@ -144,10 +145,6 @@ def random_tensors(
 
 def byte_tokenizer() -> dict[str, bytes]:
     """The files of a tokenizer of 256 bytes and the published added tokens, name -> content."""
-    # Bytes that do not print stand for themselves 256 and up, as in every byte-level vocabulary.
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(BYTES) if byte not in shown]
-    letters = [chr(byte) for byte in shown] + [chr(BYTES + i) for i in range(len(hidden))]
     plain = {
         "lstrip": False,
         "rstrip": False,
@@ -173,7 +170,7 @@ def byte_tokenizer() -> dict[str, bytes]:
         "unk_token": None,
     }
     return {
-        "vocab.json": _json({letter: i for i, letter in enumerate(letters)}),
+        "vocab.json": _json({symbol: i for i, symbol in enumerate(byte_symbols())}),
         "merges.txt": b"#version: 0.2\n",
         "tokenizer_config.json": _json(config),
     }

@@ -38,7 +38,7 @@ REQUIRED = (
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
-def _byte_symbols() -> dict[str, int]:
+def byte_symbols() -> dict[str, int]:
     """The visible character that stands for each byte in a vocabulary file (from GPT-2)."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(visible)]
@@ -46,7 +46,7 @@ def _byte_symbols() -> dict[str, int]:
     return symbols | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
 
 
-_BYTES = _byte_symbols()
+_BYTES = byte_symbols()
 
 
 class Tokenizer:

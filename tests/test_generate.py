@@ -87,7 +87,7 @@ def test_the_prompt_does_not_count_and_the_context_does(assistant):
     (answer,) = generate(assistant.model, near, Settings(max_new_tokens=50, eos_token_ids=()))
     assert len(answer.ids) == 2 and answer.finish_reason == "length"
     full = chat.Batch(torch.ones(1, limit).long(), torch.ones(1, limit).long(), None, None)
-    with pytest.raises(InputError, match=f"{limit} tokens, the model's context holds {limit}"):
+    with pytest.raises(InputError, match=f"{limit} tokens, and the model's context holds {limit}"):
         generate(assistant.model, full, settings)
 
 

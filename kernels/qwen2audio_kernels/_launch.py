@@ -1,7 +1,7 @@
 """What the kernels share around a launch: checks, row views, block sizes. No mathematics."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -174,3 +174,89 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
             kernel[grid](*arguments, enable_fp_fusion=True, **options)
     else:
         kernel[grid](*arguments, enable_fp_fusion=True, **options)
+
+
+def launch_columns(
+    name: str,
+    kernel: Any,
+    inputs: Sequence[Tensor],
+    others: Sequence[Tensor | None],
+    **constants: Any,
+) -> None:
+    """Launch a kernel whose programs take BLOCK columns of one row each, with its settings.
+
+    kernel(inputs as rows ..., others ..., row stride of each input ..., width, constants, BLOCK)
+
+    name    the kernel's key in tuned.json
+    inputs  (..., D), all of one shape
+    """
+    views = [rows(x) for x in inputs]
+    count, width = views[0].shape
+    options = settings(name, arch(views[0].device))
+    grid = (count, triton.cdiv(width, options["BLOCK"]))
+    strides = [view.stride(0) for view in views]
+    launch(kernel, grid, *views, *others, *strides, width, **constants, **options)
+
+
+def launch_norm(
+    op: str,
+    kernel: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    weights: Sequence[Tensor],
+    eps: float,
+    statistics: int,
+) -> tuple[Tensor, Tensor | None, list[Tensor], dict[str, Any]]:
+    """Launch a norm whose programs hold one row each, forward.
+
+    kernel(x, residual, weights ..., sum, y, statistics ..., row strides, width, eps)
+
+    op          for errors; with a residual, add_ is put before it
+    statistics  how many float32 numbers of each row are kept for the backward pass
+    returns     y; x + residual or None; the statistics, (R,) each; the launch's constants
+    """
+    block, num_warps = row_block(op if residual is None else f"add_{op}", x.shape[-1])
+    constants = {"HAS_RESIDUAL": residual is not None, "BLOCK": block, "num_warps": num_warps}
+    x_rows = rows(x)
+    residual_rows = None if residual is None else rows(residual)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    summed = None if residual is None else torch.empty_like(y)
+    kept = [x.new_empty(len(x_rows), dtype=torch.float32) for _ in range(statistics)]
+    strides = (x_rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0))
+    launch(
+        kernel, (len(x_rows),), x_rows, residual_rows, *weights, summed, y, *kept,
+        *strides, x.shape[-1], eps, **constants,
+    )  # fmt: skip
+    return y, summed, kept, constants
+
+
+def launch_norm_backward(
+    kernel: Any,
+    dy: Tensor,
+    dsum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    statistics: Sequence[Tensor],
+    gradients: int,
+    constants: Mapping[str, Any],
+) -> tuple[Tensor, list[Tensor]]:
+    """Launch its backward pass: a program walks many rows and keeps sums over them.
+
+    kernel(dy, dsum, x, weight, statistics ..., dx, sums ..., row strides, rows, width)
+
+    dsum       the gradient that reaches x + residual from elsewhere
+    gradients  how many sums over the rows there are, for weight and bias
+    returns    dx; the sums (D,) in the weight's dtype, added in a fixed order
+    """
+    x_rows, dy_rows = rows(x), rows(dy)
+    dsum_rows = None if dsum is None else rows(dsum)
+    count, width = x_rows.shape
+    programs = min(count, 2 * processors(x.device))
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    sums = [x.new_empty(programs, width, dtype=torch.float32) for _ in range(gradients)]
+    strides = (dy_rows.stride(0), 0 if dsum_rows is None else dsum_rows.stride(0), x_rows.stride(0))
+    launch(
+        kernel, (programs,), dy_rows, dsum_rows, x_rows, weight, *statistics, dx, *sums,
+        *strides, count, width, **constants,
+    )  # fmt: skip
+    return dx, [one.sum(0).to(weight.dtype) for one in sums]

@@ -80,47 +80,21 @@ class GeluFunction(torch.autograd.Function):
     def forward(ctx, x, bias):
         bias = None if bias is None else bias.contiguous()
         ctx.save_for_backward(x, bias)
-        x_rows = _launch.rows(x)
-        rows, width = x_rows.shape
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        settings = _launch.settings("gelu", _launch.arch(x.device))
-        _launch.launch(
-            gelu_fwd_kernel,
-            (rows, triton.cdiv(width, settings["BLOCK"])),
-            x_rows,
-            bias,
-            y,
-            x_rows.stride(0),
-            width,
-            HAS_BIAS=bias is not None,
-            **settings,
-        )
+        _launch.launch_columns("gelu", gelu_fwd_kernel, (x,), (bias, y), HAS_BIAS=bias is not None)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, bias = ctx.saved_tensors
-        dy_rows, x_rows = _launch.rows(dy), _launch.rows(x)
-        rows, width = x_rows.shape
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        settings = _launch.settings("gelu", _launch.arch(x.device))
-        _launch.launch(
-            gelu_bwd_kernel,
-            (rows, triton.cdiv(width, settings["BLOCK"])),
-            dy_rows,
-            x_rows,
-            bias,
-            dx,
-            dy_rows.stride(0),
-            x_rows.stride(0),
-            width,
-            HAS_BIAS=bias is not None,
-            **settings,
+        _launch.launch_columns(
+            "gelu", gelu_bwd_kernel, (dy, x), (bias, dx), HAS_BIAS=bias is not None
         )
         if not ctx.needs_input_grad[1]:
             return dx, None
-        return dx, dx.view(rows, width).sum(0, dtype=torch.float32).to(bias.dtype)
+        return dx, _launch.rows(dx).sum(0, dtype=torch.float32).to(bias.dtype)
 
 
 def gelu(x: Tensor) -> Tensor:

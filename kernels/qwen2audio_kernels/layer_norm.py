@@ -119,69 +119,20 @@ class LayerNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps):
-        op = "layer_norm" if residual is None else "add_layer_norm"
-        width = x.shape[-1]
-        block, num_warps = _launch.row_block(op, width)
-        x_rows, weight, bias = _launch.rows(x), weight.contiguous(), bias.contiguous()
-        residual_rows = None if residual is None else _launch.rows(residual)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        summed = None if residual is None else torch.empty_like(y)
-        mean = torch.empty(len(x_rows), dtype=torch.float32, device=x.device)
-        scale = torch.empty_like(mean)
-        _launch.launch(
-            layer_norm_fwd_kernel,
-            (len(x_rows),),
-            x_rows,
-            residual_rows,
-            weight,
-            bias,
-            summed,
-            y,
-            mean,
-            scale,
-            x_rows.stride(0),
-            0 if residual is None else residual_rows.stride(0),
-            width,
-            eps,
-            HAS_RESIDUAL=residual is not None,
-            BLOCK=block,
-            num_warps=num_warps,
+        weight, bias = weight.contiguous(), bias.contiguous()
+        y, summed, statistics, ctx.launch = _launch.launch_norm(
+            "layer_norm", layer_norm_fwd_kernel, x, residual, (weight, bias), eps, statistics=2
         )
-        ctx.save_for_backward(x if summed is None else summed, weight, mean, scale)
-        ctx.launch = {"HAS_RESIDUAL": residual is not None, "BLOCK": block, "num_warps": num_warps}
+        ctx.save_for_backward(x if summed is None else summed, weight, *statistics)
         return y if summed is None else (y, summed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dsum=None):
-        x, weight, mean, scale = ctx.saved_tensors
-        x_rows, dy_rows = _launch.rows(x), _launch.rows(dy)
-        dsum_rows = None if dsum is None else _launch.rows(dsum)
-        rows, width = x_rows.shape
-        programs = min(rows, 2 * _launch.processors(x.device))
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        dweight = torch.empty(programs, width, dtype=torch.float32, device=x.device)
-        dbias = torch.empty_like(dweight)
-        _launch.launch(
-            layer_norm_bwd_kernel,
-            (programs,),
-            dy_rows,
-            dsum_rows,
-            x_rows,
-            weight,
-            mean,
-            scale,
-            dx,
-            dweight,
-            dbias,
-            dy_rows.stride(0),
-            0 if dsum is None else dsum_rows.stride(0),
-            x_rows.stride(0),
-            rows,
-            width,
-            **ctx.launch,
+        x, weight, *statistics = ctx.saved_tensors
+        dx, (dweight, dbias) = _launch.launch_norm_backward(
+            layer_norm_bwd_kernel, dy, dsum, x, weight, statistics, 2, ctx.launch
         )
-        dweight, dbias = (d.sum(0).to(weight.dtype) for d in (dweight, dbias))
         return dx, None if dsum is None else dx, dweight, dbias, None
 
 

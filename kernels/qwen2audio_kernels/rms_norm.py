@@ -104,63 +104,21 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, weight, eps):
-        op = "rms_norm" if residual is None else "add_rms_norm"
-        width = x.shape[-1]
-        block, num_warps = _launch.row_block(op, width)
-        x_rows, weight = _launch.rows(x), weight.contiguous()
-        residual_rows = None if residual is None else _launch.rows(residual)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        summed = None if residual is None else torch.empty_like(y)
-        scale = torch.empty(len(x_rows), dtype=torch.float32, device=x.device)
-        _launch.launch(
-            rms_norm_fwd_kernel,
-            (len(x_rows),),
-            x_rows,
-            residual_rows,
-            weight,
-            summed,
-            y,
-            scale,
-            x_rows.stride(0),
-            0 if residual is None else residual_rows.stride(0),
-            width,
-            eps,
-            HAS_RESIDUAL=residual is not None,
-            BLOCK=block,
-            num_warps=num_warps,
+        weight = weight.contiguous()
+        y, summed, statistics, ctx.launch = _launch.launch_norm(
+            "rms_norm", rms_norm_fwd_kernel, x, residual, (weight,), eps, statistics=1
         )
-        ctx.save_for_backward(x if summed is None else summed, weight, scale)
-        ctx.launch = {"HAS_RESIDUAL": residual is not None, "BLOCK": block, "num_warps": num_warps}
+        ctx.save_for_backward(x if summed is None else summed, weight, *statistics)
         return y if summed is None else (y, summed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dsum=None):
-        x, weight, scale = ctx.saved_tensors
-        x_rows, dy_rows = _launch.rows(x), _launch.rows(dy)
-        dsum_rows = None if dsum is None else _launch.rows(dsum)
-        rows, width = x_rows.shape
-        programs = min(rows, 2 * _launch.processors(x.device))
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        dweight = torch.empty(programs, width, dtype=torch.float32, device=x.device)
-        _launch.launch(
-            rms_norm_bwd_kernel,
-            (programs,),
-            dy_rows,
-            dsum_rows,
-            x_rows,
-            weight,
-            scale,
-            dx,
-            dweight,
-            dy_rows.stride(0),
-            0 if dsum is None else dsum_rows.stride(0),
-            x_rows.stride(0),
-            rows,
-            width,
-            **ctx.launch,
+        x, weight, *statistics = ctx.saved_tensors
+        dx, (dweight,) = _launch.launch_norm_backward(
+            rms_norm_bwd_kernel, dy, dsum, x, weight, statistics, 1, ctx.launch
         )
-        return dx, None if dsum is None else dx, dweight.sum(0).to(weight.dtype), None
+        return dx, None if dsum is None else dx, dweight, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

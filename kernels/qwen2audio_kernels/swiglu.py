@@ -82,46 +82,17 @@ class SwigluFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        gate_rows, up_rows = _launch.rows(gate), _launch.rows(up)
-        rows, width = gate_rows.shape
         y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        settings = _launch.settings("swiglu", _launch.arch(gate.device))
-        _launch.launch(
-            swiglu_fwd_kernel,
-            (rows, triton.cdiv(width, settings["BLOCK"])),
-            gate_rows,
-            up_rows,
-            y,
-            gate_rows.stride(0),
-            up_rows.stride(0),
-            width,
-            **settings,
-        )
+        _launch.launch_columns("swiglu", swiglu_fwd_kernel, (gate, up), (y,))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        dy_rows, gate_rows, up_rows = _launch.rows(dy), _launch.rows(gate), _launch.rows(up)
-        rows, width = gate_rows.shape
         dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         dup = torch.empty_like(dgate)
-        settings = _launch.settings("swiglu", _launch.arch(gate.device))
-        _launch.launch(
-            swiglu_bwd_kernel,
-            (rows, triton.cdiv(width, settings["BLOCK"])),
-            dy_rows,
-            gate_rows,
-            up_rows,
-            dgate,
-            dup,
-            dy_rows.stride(0),
-            gate_rows.stride(0),
-            up_rows.stride(0),
-            width,
-            **settings,
-        )
+        _launch.launch_columns("swiglu", swiglu_bwd_kernel, (dy, gate, up), (dgate, dup))
         return dgate, dup
 
 
