@@ -10,7 +10,7 @@ Everything here is put together from the parts below it. People who change the m
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,6 +20,7 @@ from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.generate import Generation
 from qwen2audio_core.linear import Linear, why_not_packed
 from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.quantize import SCHEMES, Scheme
 from qwen2audio_core.sampling import Likelihood, Settings
 from qwen2audio_core.tokenizer import TextStream, Tokenizer
 
@@ -317,6 +318,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     pack: bool | None = None,
+    quantize: Literal["int8", "int4"] | Scheme | None = None,
 ) -> Assistant:
     """Load a checkpoint.
 
@@ -326,9 +328,13 @@ def load(
     dtype   None keeps the checkpoint's own, bfloat16 for the published ones
     pack    keep a second copy of the linear layers' weights in the order that a CPU multiplies them
             in, which makes answers faster: True, False, or None where it pays and memory allows
+    quantize  "int8" or "int4": the language model in so many bits a weight, made while it is read;
+            or a quantize.Scheme. A folder that is quantised already needs no word
     """
     folder = find(model)
-    loaded = weights.load_model(folder, device=pick_device(device), dtype=dtype)
+    scheme = pick_scheme(quantize)
+    place = pick_device(device)
+    loaded = weights.load_model(folder, device=place, dtype=dtype, scheme=scheme)
     if pack or (pack is None and fits_packed(loaded)):
         backends.use(loaded, linear="packed")
     tokenizer = Tokenizer.from_folder(folder)
@@ -376,6 +382,15 @@ def fits_packed(model: Qwen2Audio) -> bool:
 def find(model: str, weights: bool = True) -> Path:
     """The folder of a checkpoint by hub id, folder or "tiny"; `weights` as in hub.find."""
     return tiny.folder() if model == "tiny" else hub.find(model, weights=weights)
+
+
+def pick_scheme(quantize: str | Scheme | None) -> Scheme | None:
+    """How to quantise, by name."""
+    if quantize is None or isinstance(quantize, Scheme):
+        return quantize
+    if quantize not in SCHEMES:
+        raise InputError(f"quantize is {quantize!r}, choose {' or '.join(map(repr, SCHEMES))}")
+    return SCHEMES[quantize]
 
 
 def pick_device(device: torch.device | str | None = None) -> torch.device:

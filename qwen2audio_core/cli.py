@@ -24,6 +24,7 @@ from qwen2audio_core.options import (
     NewTokens,
     NoPack,
     Penalty,
+    Quantize,
     Seed,
     Stop,
     System,
@@ -32,6 +33,7 @@ from qwen2audio_core.options import (
     TopP,
 )
 from qwen2audio_core.serving.command import serve
+from qwen2audio_core.quantize_command import quantize as quantize_checkpoint
 from qwen2audio_core.terminal import (
     URLS,
     load,
@@ -77,6 +79,7 @@ def ask(
     device: Device = None,
     dtype: Dtype = None,
     no_pack: NoPack = False,
+    quantize: Quantize = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Ask about clips, or let a clip ask.
@@ -100,7 +103,7 @@ def ask(
     if raw and (text is None or system is not None):
         raise InputError("--raw takes TEXT as the whole prompt, and no --system")
     began = time.perf_counter()
-    assistant = load(model, device, dtype, no_pack)
+    assistant = load(model, device, dtype, no_pack, quantize)
     loaded = time.perf_counter()
     with quiet_libraries():
         prompt = (
@@ -163,6 +166,7 @@ def chat(
     device: Device = None,
     dtype: Dtype = None,
     no_pack: NoPack = False,
+    quantize: Quantize = None,
 ) -> None:
     """Talk in the terminal: /audio FILE, /record, /system, /clear, /retry, /save, /exit.
 
@@ -189,7 +193,7 @@ def chat(
     if sys.stdin.isatty():
         with suppress(ImportError):  # not every Python has it
             import readline  # noqa: F401  (gives input() editing and history)
-    talk = Talk(load(model, device, dtype, no_pack), options, system)
+    talk = Talk(load(model, device, dtype, no_pack, quantize), options, system)
     with quiet_libraries():
         talk.run()
 
@@ -224,6 +228,7 @@ def transcribe(
     device: Device = None,
     dtype: Dtype = None,
     no_pack: NoPack = False,
+    quantize: Quantize = None,
 ) -> None:
     """Write down what is said, with the published recognition prompts; of any length.
 
@@ -239,7 +244,7 @@ def transcribe(
     from qwen2audio_core import transcribe as transcripts
 
     formats = format or ["txt"]
-    assistant = load(model, device, dtype, no_pack)
+    assistant = load(model, device, dtype, no_pack, quantize)
     failed = False
     with (
         quiet_libraries(),
@@ -344,6 +349,7 @@ def info(
 
 
 app.command()(serve)
+app.command("quantize")(quantize_checkpoint)
 
 
 def expand_clips(words: list[str]) -> list[str]:

@@ -5,7 +5,9 @@ every call, which for a few rows takes longer than the product itself. `PackedLi
 weight in that order: the same result to the bit, in about two thirds of the time.
 """
 
+import math
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,3 +73,45 @@ def why_not_packed(weight: Tensor) -> str:
     if not known or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "oneDNN does not multiply bfloat16 here"
     return ""
+
+
+def side_by_side(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    """One contiguous tensor over all of them, along an axis, if they follow one another in memory.
+
+    They may be anything but for that axis: what lies so without being of one shape is not joined.
+    """
+    first = tensors[0]
+    end, total = first.storage_offset(), sum(tensor.shape[dim] for tensor in tensors)
+    shape = [total if axis == dim else size for axis, size in enumerate(first.shape)]
+    for tensor in tensors:
+        joint = (
+            tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            and tensor.storage_offset() == end
+            and tensor.dtype == first.dtype
+            and tensor.stride() == first.stride()
+            and tensor.shape[:dim] == first.shape[:dim]
+            and tensor.shape[dim + 1 :] == first.shape[dim + 1 :]
+        )
+        if not joint:
+            return None
+        end += tensor.shape[dim] * tensor.stride(dim)
+    if first.stride(0) != math.prod(shape[1:]):  # else they overlap, or leave gaps
+        return None
+    return first.detach().as_strided(shape, first.stride())
+
+
+def joint_bias(biases: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
+    """The biases as one vector, if they lie so; where a layer has none, zeros must be there."""
+    first, last = biases[0], biases[-1]
+    if first is None or last is None:
+        return None
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    for bias, start in zip(biases, starts, strict=True):
+        if bias is None:
+            continue
+        same = bias.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or bias.storage_offset() != first.storage_offset() + start:
+            return None
+    whole = first.detach().as_strided((sum(sizes),), (1,))
+    gaps = [whole[s : s + n] for b, s, n in zip(biases, starts, sizes, strict=True) if b is None]
+    return None if any(bool(gap.any()) for gap in gaps) else whole

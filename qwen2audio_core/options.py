@@ -38,3 +38,7 @@ Dtype = Annotated[
 NoPack = Annotated[
     bool, typer.Option("--no-pack", help="Less memory on a CPU, slower: no packed weights.")
 ]
+Quantize = Annotated[
+    Literal["int8", "int4"] | None,
+    typer.Option(help="Language model in 8 or 4 bits a weight: less memory, faster, less exact."),
+]

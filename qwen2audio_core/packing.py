@@ -3,23 +3,24 @@
 `pack` moves the weights of q, k and v (decoder and encoder) and of gate and up into one buffer for
 each group. The parameters become views of it: names, values and state_dict stay as they were, no
 weight is stored twice, and saving or training goes on as before. Moving the model to another device
-or dtype afterwards takes the groups apart again; pack it anew.
+or dtype afterwards takes the groups apart again; pack it anew. A load that copies (weights.py, onto
+a GPU or into another dtype) reads the files into such buffers at once, see `room`.
 
 A `Projection` is how the engine calls such a group, or a layer alone, quantised or not.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen2audio_core.decoder import DecoderLayer
-from qwen2audio_core.encoder import EncoderLayer
+from qwen2audio_core import quantize
+from qwen2audio_core.decoder import MLP, Attention
+from qwen2audio_core.encoder import EncoderAttention
 from qwen2audio_core.errors import InputError
-from qwen2audio_core.linear import Linear
-from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.linear import Linear, joint_bias, side_by_side
 from qwen2audio_core.quantize import QuantizedLinear
 
 
@@ -70,35 +71,54 @@ class Separate(Projection):
 class Kernel(Projection):
     """The same through the Triton kernel `linear` where the rows are few, as in decoding.
 
-    Many rows go to the library's product, which is faster there.
+    Many rows go to the projection `plain`: a library's product is faster there.
+
+    weight, bias, scale  what the kernel takes; a scale where the weight is codes
     """
 
     MOST_ROWS = 64
 
-    def __init__(self, plain: Projection, kernel: Callable[..., Tensor], deterministic: bool):
-        super().__init__(plain.sizes, plain.weight, plain.bias)
+    def __init__(
+        self,
+        plain: Projection,
+        kernel: Callable[..., Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None = None,
+        deterministic: bool = False,
+    ):
+        super().__init__(plain.sizes, weight, bias)
+        self._plain = plain
         self._kernel = kernel
-        self._options: dict[str, Any] = {"deterministic": deterministic}
+        self._options: dict[str, Any] = {"scale": scale, "deterministic": deterministic}
 
     def _few(self, x: Tensor) -> bool:
         return x.numel() <= self.MOST_ROWS * x.shape[-1]
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not self._few(x):
-            return super().__call__(x, residual)
+            return self._plain(x, residual)
         return self._kernel(x, self.weight, self.bias, residual=residual, **self._options)
 
     def gated(self, x: Tensor, swiglu_op: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         if not self._few(x):
-            return super().gated(x, swiglu_op)
+            return self._plain.gated(x, swiglu_op)
         return self._kernel(x, self.weight, self.bias, swiglu=True, **self._options)
 
 
 class Alone(Projection):
-    """One layer as it runs itself: quantised, or with another function in its slot."""
+    """One layer as it runs itself: quantised, or with another function in its slot.
 
-    def __init__(self, layer: nn.Linear | QuantizedLinear, deterministic: bool):
-        super().__init__([layer.out_features], None, None)
+    sizes  None, or those of the layers that a quantised one was joined from
+    """
+
+    def __init__(
+        self,
+        layer: nn.Linear | QuantizedLinear,
+        deterministic: bool,
+        sizes: Sequence[int] | None = None,
+    ):
+        super().__init__(sizes or [layer.out_features], None, None)
         if isinstance(layer, QuantizedLinear):
             layer.deterministic = deterministic
         self.layer = layer
@@ -126,94 +146,99 @@ def projection(
                 f" {type(layer).__name__}: merge adapters into the weights first"
             )
     linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    empty_slots = all(vars(layer).get("linear_op", F.linear) is F.linear for layer in linear)
-    if len(linear) == len(layers) and empty_slots:
-        sizes = [layer.out_features for layer in linear]
+    coded = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
+    sizes: list[int] = [layer.out_features for layer in (linear or coded)]
+    if not coded and all(vars(layer).get("linear_op", F.linear) is F.linear for layer in linear):
         biases = [layer.bias for layer in linear]
         weight = side_by_side([layer.weight for layer in linear])
-        bias = _joint_bias(biases, sizes)
+        bias = joint_bias(biases, sizes)
         if weight is not None and (bias is not None or all(b is None for b in biases)):
             joint = Projection(sizes, weight, bias)
-            return joint if kernel is None else Kernel(joint, kernel, deterministic)
+            if kernel is None:
+                return joint
+            return Kernel(joint, kernel, weight, bias, deterministic=deterministic)
+    if not linear and (whole := quantize.joint(coded)) is not None:
+        alone = Alone(whole, deterministic, sizes)
+        if kernel is None or not whole.for_kernel:
+            return alone
+        return Kernel(alone, kernel, whole.qweight, whole.bias, whole.scales, deterministic)
     if len(layers) == 1:
-        assert isinstance(layers[0], (nn.Linear, QuantizedLinear))
-        return Alone(layers[0], deterministic)
+        return Alone(linear[0], deterministic)
     return Separate([projection(one, kernel=kernel, deterministic=deterministic) for one in layers])
 
 
-def pack(model: Qwen2Audio) -> None:
+def groups(model: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
+    """The linear layers that read one input, in order, each with its path."""
+    for path, module in model.named_modules():
+        if isinstance(module, (Attention, EncoderAttention)):
+            names = ["q_proj", "k_proj", "v_proj"]
+        elif isinstance(module, MLP):
+            names = ["gate_proj", "up_proj"]
+        else:
+            continue
+        yield [(f"{path}.{name}", getattr(module, name)) for name in names]
+
+
+def pack(model: nn.Module) -> None:
     """Lay weights that are multiplied with the same input side by side, in place.
 
-    Layer by layer: at most one group exists twice. What was mapped from a file (weights.load_model
-    on a CPU) becomes memory of the process, 56 % of the published model's weights (9.4 GB in
-    bfloat16); its pages of the file are given up. What lies side by side already stays, and so do
-    quantised layers.
+    Group by group: at most one exists twice. What was mapped from a file (weights.load_model on a
+    CPU) becomes memory of the process, 56 % of the published model's weights (9.4 GB in bfloat16);
+    its pages of the file are given up. What lies side by side already stays. Codes of quantised
+    layers are joined too.
     """
     with torch.inference_mode(False), torch.no_grad():
-        for layer in cast(list[DecoderLayer], list(model.language_model.model.layers)):
-            attention, mlp = layer.self_attn, layer.mlp
-            qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-            if all(type(linear) in (nn.Linear, Linear) for linear in qkv):
-                _join([linear.weight for linear in qkv])
-                _join([linear.bias for linear in qkv])
-            if {type(mlp.gate_proj), type(mlp.up_proj)} <= {nn.Linear, Linear}:
-                _join([mlp.gate_proj.weight, mlp.up_proj.weight])
-        for encoder in cast(list[EncoderLayer], list(model.audio_tower.layers)):
-            heard = encoder.self_attn
-            qkv = (heard.q_proj, heard.k_proj, heard.v_proj)
-            _join([linear.weight for linear in qkv])
-            biases = [linear.bias for linear in qkv]
-            if _joint_bias(biases, [linear.out_features for linear in qkv]) is None:
-                zeros = torch.zeros_like(biases[0])  # the key projection has no bias
-                _join([biases[0], zeros, biases[2]])
+        for group in groups(model):
+            layers = [layer for _, layer in group]
+            plain = [one for one in layers if isinstance(one, nn.Linear)]
+            coded = [one for one in layers if isinstance(one, QuantizedLinear)]
+            if len(coded) == len(layers):
+                quantize.join(coded)
+            if not all(type(one) in (nn.Linear, Linear) for one in layers):
+                continue  # an adapter's weights are its own business
+            _join([one.weight for one in plain])
+            biases: list[Tensor | None] = [one.bias for one in plain]
+            sizes = [one.out_features for one in plain]
+            some = next((bias for bias in biases if bias is not None), None)
+            if some is not None and joint_bias(biases, sizes) is None:
+                # The encoder's keys have no bias: zeros stand in its place.
+                zeros = [some.new_zeros(size) for size in sizes]
+                _join([z if b is None else b for z, b in zip(zeros, biases, strict=True)])
 
 
-def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
-    """One tensor over all of them, along the first axis, if they follow one another in memory."""
-    first = tensors[0]
-    end = first.storage_offset()
-    for tensor in tensors:
-        joint = (
-            tensor.is_contiguous()
-            and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-            and tensor.storage_offset() == end
-            and tensor.dtype == first.dtype
-            and tensor.shape[1:] == first.shape[1:]
-        )
-        if not joint:
-            return None
-        end += tensor.numel()
-    rows = sum(len(tensor) for tensor in tensors)
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+def room(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Memory for the weights of a model without storage, the parameters' names with their places.
+
+    The groups lie as `pack` would lay them, all else alone. Codes are left out, see code_names.
+    """
+    state = model.state_dict(keep_vars=True)
+    codes = quantize.code_names(model)
+    places: dict[str, Tensor] = {}
+    for group in groups(model):
+        if not all(isinstance(layer, nn.Linear) for _, layer in group):
+            continue
+        for part in ("weight", "bias"):
+            held = [getattr(layer, part) for _, layer in group]
+            if all(one is None for one in held):
+                continue
+            sizes = [layer.out_features for _, layer in group if isinstance(layer, nn.Linear)]
+            shape = next(one for one in held if one is not None).shape[1:]
+            buffer = torch.empty(sum(sizes), *shape, dtype=dtype, device=device)
+            for (path, _), one, place in zip(group, held, buffer.split(sizes), strict=True):
+                if one is None:
+                    place.zero_()
+                else:
+                    places[f"{path}.{part}"] = place
+    for name, tensor in state.items():
+        if name not in codes and name not in places:
+            places[name] = torch.empty(tensor.shape, dtype=dtype, device=device)
+    return places
 
 
 def _join(parameters: Sequence[Tensor]) -> None:
     """Move parameters into one new buffer, one behind the other."""
     if side_by_side(parameters) is not None:
         return
-    first = parameters[0]
-    rows = sum(len(parameter) for parameter in parameters)
-    buffer = torch.empty(rows, *first.shape[1:], dtype=first.dtype, device=first.device)
-    start = 0
-    for parameter in parameters:
-        part = buffer[start : start + len(parameter)]
-        part.copy_(parameter)
+    buffer = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, part in zip(parameters, buffer.split([len(p) for p in parameters]), strict=True):
         parameter.data = part
-        start += len(parameter)
-
-
-def _joint_bias(biases: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
-    """The biases as one vector, if they lie so; where a layer has none, zeros must be there."""
-    first, last = biases[0], biases[-1]
-    if first is None or last is None:
-        return None
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    for bias, start in zip(biases, starts, strict=True):
-        if bias is None:
-            continue
-        same = bias.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or bias.storage_offset() != first.storage_offset() + start:
-            return None
-    whole = first.detach().as_strided((sum(sizes),), (1,))
-    gaps = [whole[s : s + n] for b, s, n in zip(biases, starts, sizes, strict=True) if b is None]
-    return None if any(bool(gap.any()) for gap in gaps) else whole

@@ -26,7 +26,7 @@ time, each rounded once to the dtype of x, and multiplies as an unquantised laye
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from qwen2audio_core.backends import find_kernels
 from qwen2audio_core.cache import KVCache
 from qwen2audio_core.errors import CheckpointError, InputError
+from qwen2audio_core.linear import joint_bias, side_by_side
 from qwen2audio_core.model import Qwen2Audio
 
 METHOD = "qwen2audio"  # what config.json calls this layout
@@ -57,11 +58,13 @@ class Scheme:
     group: int = 128  # of int4; a layer with other widths takes the next smaller that fits
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise InputError(f"{self.bits!r} bits a weight are not supported, choose 8 or 4")
-        if self.group not in GROUPS:
+        if type(self.bits) is not int or self.bits not in (4, 8):
+            raise InputError(f"{self.bits!r:.40} bits a weight are not supported, choose 8 or 4")
+        if type(self.group) is not int or self.group not in GROUPS:
             known = ", ".join(map(str, GROUPS))
-            raise InputError(f"a group of {self.group!r} weights is not supported, choose {known}")
+            raise InputError(
+                f"a group of {self.group!r:.40} weights is not supported, choose {known}"
+            )
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any], where: str) -> "Scheme | None":
@@ -72,13 +75,16 @@ class Scheme:
         method = raw.get("quant_method") if isinstance(raw, dict) else raw
         if method != METHOD:
             raise CheckpointError(
-                f"{where}: quantised with {method!r}, only {METHOD!r} can be read; start from the"
-                " unquantised checkpoint"
+                f"{where}: quantised with {method!r:.40}, only {METHOD!r} can be read; start from"
+                " the unquantised checkpoint"
             )
         try:
             return cls(raw.get("bits"), raw.get("group_size", 128))
         except InputError as error:
             raise CheckpointError(f"{where}: quantization_config: {error}") from error
+
+    def __str__(self) -> str:
+        return "int8" if self.bits == 8 else f"int4 in groups of {self.group}"
 
     def to_json(self) -> dict[str, Any]:
         return {"quant_method": METHOD, "bits": self.bits, "group_size": self.group}
@@ -116,6 +122,7 @@ class QuantizedLinear(nn.Module):
     qweight, scales  as stored, see the top of this file, or on the meta device to be filled
     bias             (N,) or None, in the model's dtype
     outputs          N, which int4 rounds up to whole blocks
+    form             of int4 codes that are not as stored; see `settle`
     deterministic    attribute; True: a row's result is bit for bit the same alone and among others
     """
 
@@ -123,12 +130,21 @@ class QuantizedLinear(nn.Module):
     scales: Tensor
     bias: Tensor | None
 
-    def __init__(self, qweight: Tensor, scales: Tensor, bias: Tensor | None, outputs: int):
+    def __init__(
+        self,
+        qweight: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        outputs: int,
+        form: int = BLOCK,
+    ):
         super().__init__()
         self.bits = 8 if qweight.dtype == torch.int8 else 4
         self.in_features, self.out_features = qweight.shape[1], outputs
+        if form == ROWS:
+            self.in_features *= 2
         self.group = self.in_features if self.bits == 8 else self.in_features // len(scales)
-        self.form = BLOCK  # of the int4 codes: outputs in a block, or ROWS
+        self.form = form  # of the int4 codes: outputs in a block, or ROWS
         self.deterministic = False
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
@@ -144,21 +160,43 @@ class QuantizedLinear(nn.Module):
         errors  InputError for bits, a group or a K that is not supported, and for a weight that is
                 not finite
         """
-        outputs, inputs = weight.shape
-        scheme = Scheme(bits, group)
+        rows = weight.detach()
+        return cls.from_rows(
+            lambda start, stop: rows[start:stop],
+            weight.shape,
+            Scheme(bits, group),
+            weight.device,
+            None if bias is None else bias.detach(),
+        )
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows_of: Callable[[int, int], Tensor],
+        size: Sequence[int],
+        scheme: Scheme,
+        device: torch.device,
+        bias: Tensor | None = None,
+    ) -> "QuantizedLinear":
+        """The same of a weight that is never there as a whole.
+
+        rows_of  (start, stop) -> those rows of it, (stop - start, K); each is asked for once
+        size     (N, K)
+        """
+        outputs, inputs = size
         (shape, dtype), (scales_shape, scales_dtype) = scheme.layout(outputs, inputs)
-        qweight = torch.zeros(shape, dtype=dtype, device=weight.device)
-        scales = torch.zeros(scales_shape, dtype=scales_dtype, device=weight.device)
-        for start, stop in _pieces(outputs, inputs, weight.device):
-            rows = weight[start:stop].detach().float()
-            if bits == 8:
+        qweight = torch.zeros(shape, dtype=dtype, device=device)
+        scales = torch.zeros(scales_shape, dtype=scales_dtype, device=device)
+        for start, stop in _pieces(outputs, inputs, device):
+            rows = rows_of(start, stop).to(device).float()
+            if scheme.bits == 8:
                 qweight[start:stop], scales[start:stop] = _codes8(rows)
             else:
-                codes, pairs = _codes4(rows, fitting(inputs, group))
+                codes, pairs = _codes4(rows, fitting(inputs, scheme.group))
                 blocks = slice(start // BLOCK, math.ceil(stop / BLOCK))
                 codes = F.pad(codes, (0, 0, 0, -len(codes) % BLOCK))
                 qweight[blocks], scales[:, start:stop] = _pack(codes, BLOCK), pairs
-        return cls(qweight, scales, None if bias is None else bias.detach(), outputs)
+        return cls(qweight, scales, bias, outputs)
 
     @classmethod
     def joined(cls, parts: Sequence["QuantizedLinear"]) -> "QuantizedLinear":
@@ -187,7 +225,7 @@ class QuantizedLinear(nn.Module):
         few = self.deterministic or x.numel() <= FEW * self.in_features
         gradient = torch.is_grad_enabled() and x.requires_grad
         if few and not gradient and x.dtype != torch.float64:
-            if self.form == ROWS or (self.bits == 8 and _triton(x.device)):
+            if self.for_kernel and (self.form == ROWS or _triton(x.device)):
                 return self._on_triton(x)
             if x.device.type == "cpu" and (self.bits == 8 or self.form == _cpu_block()):
                 return self._on_cpu(x)
@@ -195,13 +233,19 @@ class QuantizedLinear(nn.Module):
         y = torch.cat([F.linear(x, self.widened(x.dtype, *piece)) for piece in pieces], -1)
         return y if self.bias is None else y + self.bias
 
+    @property
+    def for_kernel(self) -> bool:
+        """Whether the codes lie as qwen2audio_kernels.linear reads them."""
+        return self.bits == 8 or self.form == ROWS
+
     def _on_cpu(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
         if self.bits == 8:
             y = torch.ops.aten._weight_int8pack_mm(rows, self.qweight, self.scales)
         else:
             codes = self.qweight.view(-1, self.in_features // 2)
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, self.group, self.scales)
+            scales = self.scales.contiguous()  # of layers side by side they lie apart
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, self.group, scales)
             y = y[:, : self.out_features]
         y = y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
         return y if self.bias is None else y + self.bias
@@ -266,9 +310,60 @@ class QuantizedLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "qweight"], destination[prefix + "scales"] = self.stored()
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        self.qweight, self.scales = self.stored()
+        self.form = BLOCK
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.settle()
+
     def extra_repr(self) -> str:
         grouped = f", group={self.group}" if self.bits == 4 else ""
         return f"{self.in_features}, {self.out_features}, bits={self.bits}{grouped}"
+
+
+def join(layers: Sequence[QuantizedLinear]) -> None:
+    """Lay the codes of layers with the same inputs side by side, in place, where they can be.
+
+    Each layer keeps its place as a view; `joint` is one layer over all of them. int4 codes lie in
+    blocks of 64 outputs (but for ROWS): layers that end within a block stay as they are.
+    """
+    first = layers[0]
+    alike = all(
+        (part.bits, part.group, part.form, part.in_features)
+        == (first.bits, first.group, first.form, first.in_features)
+        for part in layers
+    )
+    by_rows = first.bits == 8 or first.form == ROWS
+    whole_blocks = by_rows or not any(part.out_features % BLOCK for part in layers[:-1])
+    if not alike or not whole_blocks or joint(layers) is not None:
+        return
+    whole = QuantizedLinear.joined(layers)
+    end = 0
+    for part in layers:
+        start, end = end, end + part.out_features
+        stop = end if by_rows else end + -end % BLOCK
+        rows = slice(start, end) if by_rows else slice(start // first.form, stop // first.form)
+        part.qweight = whole.qweight[rows]
+        part.scales = whole.scales[start:end] if first.bits == 8 else whole.scales[:, start:stop]
+        if part.bias is not None and whole.bias is not None:
+            part.bias = whole.bias[start:end]
+
+
+def joint(layers: Sequence[QuantizedLinear]) -> QuantizedLinear | None:
+    """One layer with the outputs of several whose codes lie side by side; None where they do not.
+
+    It takes no memory of its own.
+    """
+    first, sizes = layers[0], [part.out_features for part in layers]
+    if len(layers) == 1:
+        return first
+    qweight = side_by_side([part.qweight for part in layers])
+    scales = side_by_side([part.scales for part in layers], 0 if first.bits == 8 else 1)
+    biases = [part.bias for part in layers]
+    bias = joint_bias(biases, sizes)
+    if qweight is None or scales is None or (bias is None and any(b is not None for b in biases)):
+        return None
+    return QuantizedLinear(qweight, scales, bias, sum(sizes), first.form)
 
 
 def quantize(
@@ -331,14 +426,27 @@ def lay_out(model: nn.Module, paths: Iterable[str], scheme: Scheme) -> None:
         model.set_submodule(path, QuantizedLinear(qweight, scales, bias, layer.out_features))
 
 
-def code_names(model: nn.Module) -> set[str]:
-    """Names in the state dict of the tensors that quantising made, codes and scales."""
+def code_names(model: nn.Module) -> dict[str, torch.dtype]:
+    """Names in the state dict of the tensors that quantising made, codes and scales; dtype each."""
     return {
-        f"{path}.{part}"
+        f"{path}.{part}": getattr(layer, part).dtype
         for path, layer in model.named_modules()
         if isinstance(layer, QuantizedLinear)
         for part in ("qweight", "scales")
     }
+
+
+def stored_bytes(model: nn.Module, itemsize: int) -> int:
+    """Size of a model's tensors as stored, `itemsize` bytes a number that is no code or scale.
+
+    The model may be without storage.
+    """
+    codes = code_names(model)
+    sizes = (
+        tensor.numel() * (codes[name].itemsize if name in codes else itemsize)
+        for name, tensor in model.state_dict().items()
+    )
+    return sum(sizes)
 
 
 def scheme_of(model: nn.Module) -> Scheme | None:

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # PyTorch takes seconds to load; the help text does not wait for it
     from qwen2audio_core.assistant import Assistant
@@ -14,7 +14,11 @@ URLS = ("http://", "https://", "data:", "file://")
 
 
 def load(
-    model: str, device: str | None = None, dtype: str | None = None, no_pack: bool = False
+    model: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    no_pack: bool = False,
+    quantize: Literal["int8", "int4"] | None = None,
 ) -> "Assistant":
     """The model that a command's options name; says on stderr what it should not be taken for."""
     import torch
@@ -24,7 +28,7 @@ def load(
     if model == "tiny":
         note("tiny is a small random model: it shows that everything runs, its words mean nothing")
     kind = None if dtype is None else getattr(torch, dtype)
-    return assistant.load(model, device, kind, pack=False if no_pack else None)
+    return assistant.load(model, device, kind, pack=False if no_pack else None, quantize=quantize)
 
 
 @contextmanager

@@ -5,12 +5,19 @@ the parameters: nothing is copied, a load takes no time, and memory fills as the
 used. Pages that are never written stay the file's and can be dropped by the system when memory is
 short; training writes to private copies of them, never to the file. The files may be deleted or
 replaced by a rename meanwhile (that is how saving.py replaces them), but must not be truncated
-in place. For another dtype or device a piece at a time is read, converted and unmapped.
+in place. For another dtype or device threads read pieces, convert them and put them where they
+belong, weights that are multiplied with the same input side by side (packing.py).
+
+A quantised folder has `quantization_config` in config.json and in the index, and for each quantised
+layer NAME the tensors NAME.qweight and NAME.scales in the place of NAME.weight. quantize.py says
+what they hold. They are read as they are whatever dtype is asked for; all else is as published.
 """
 
+import json
 import math
 import os
 import re
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from qwen2audio_core import frontend
+from qwen2audio_core import frontend, packing, quantize, reading
 from qwen2audio_core.config import Qwen2AudioConfig
 from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.hub import (
@@ -32,6 +39,7 @@ from qwen2audio_core.hub import (
     weight_map,
 )
 from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.quantize import QuantizedLinear, Scheme
 from qwen2audio_core.sampling import Settings
 
 DTYPES = {
@@ -40,6 +48,7 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+CODES = {"I8": torch.int8, "U8": torch.uint8}  # of quantised layers; their scales are BF16
 PIECE_BYTES = 32_000_000  # of a file, held in memory while it is converted
 # What of generation_config.json is read, besides eos_token_id. Lengths are the caller's to choose.
 _SETTINGS: dict[str, Any] = {
@@ -69,10 +78,24 @@ class Stored:
     key: str  # its name in that file
     dtype: str  # as safetensors spells it
     shape: tuple[int, ...]
+    offset: int  # its first byte in the file
+
+    @property
+    def kind(self) -> torch.dtype | None:
+        """Its dtype; None for one that no tensor of this model has."""
+        return DTYPES.get(self.dtype, CODES.get(self.dtype))
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * (DTYPES[self.dtype].itemsize if self.dtype in DTYPES else 1)
+        return math.prod(self.shape) * (self.kind.itemsize if self.kind else 1)
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows of it, in new memory of the CPU."""
+        assert self.kind is not None
+        rows = slice(start, stop).indices(self.shape[0])
+        step = math.prod(self.shape[1:]) * self.kind.itemsize
+        shape = (rows[1] - rows[0], *self.shape[1:])
+        return reading.read(self.file, self.offset + rows[0] * step, self.kind, shape)
 
 
 def load_model(
@@ -80,35 +103,77 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    scheme: Scheme | None = None,
 ) -> Qwen2Audio:
-    """Read a checkpoint in the published layout.
+    """Read a checkpoint in the published layout, or a quantised one.
 
     folder   holds config.json and model.safetensors, or an index and the shards it names
     dtype    None for the checkpoint's own; another one converts each tensor as it is read
+    scheme   quantise the language model while reading, so that its weights are never there but for
+             a piece; a folder that is quantised so already is read as it is
     returns  the model in eval mode, the position table frozen
     errors   CheckpointError, before any weight is read: a file that is missing, broken or outside
-             the folder; tensors that are missing, unexpected, misshaped or of several dtypes
+             the folder; tensors that are missing, unexpected, misshaped or of several dtypes.
+             InputError for a layer that cannot be quantised, or a folder quantised otherwise
     """
-    folder = Path(folder)
+    found = open_checkpoint(Path(folder), dtype)
+    model, device = found.model, torch.device(device)
+    paths: list[str] = []
+    if scheme is not None and found.scheme is None:
+        paths = quantize.linear_paths(model)
+        quantize.lay_out(model, paths, scheme)
+    elif scheme not in (None, found.scheme):
+        raise InputError(f"{folder}: quantised in {found.scheme} already, not in {scheme}")
+    state = _read(found, {f"{path}.weight" for path in paths}, device)
+    for path in paths:
+        state |= quantised(path, found.stored, scheme or Scheme(8), device)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose headers hold exactly the tensors of its config.
+
+    model   without storage
+    stored  published name -> where the tensor lies
+    scheme  how it is quantised; None where it is not
+    dtype   of all that is not codes and scales, in the model to be made
+    """
+
+    model: Qwen2Audio
+    stored: dict[str, Stored]
+    scheme: Scheme | None
+    dtype: torch.dtype
+
+
+def open_checkpoint(folder: Path, dtype: torch.dtype | None = None) -> Checkpoint:
+    """Read and check everything but the weights; arguments and errors as in load_model."""
     config = Qwen2AudioConfig.from_json(inside(folder, "config.json"))
     check_preprocessor(folder, config)
     stored = read_headers(folder)
-    kinds = _dtypes(folder, stored)
-    dtype = dtype or _only(folder, kinds)
-    model = _build(folder, config, stored)
-    device = torch.device(device)
-    state: dict[str, Tensor] = {}
-    if device.type == "cpu" and kinds.keys() == {dtype}:
-        for file in {entry.file for entry in stored.values()}:
-            with _open(file) as tensors:
-                for name, entry in stored.items():
-                    if entry.file == file:
-                        state[name] = tensors.get_tensor(entry.key)
-    else:
-        for name, entry in stored.items():
-            state[name] = _converted(entry, device, dtype)
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.eval()
+    scheme = read_scheme(folder)
+    model = _build(folder, config, stored, scheme)
+    kinds = _dtypes(folder, stored, quantize.code_names(model))
+    return Checkpoint(model, stored, scheme, dtype or _only(folder, kinds))
+
+
+def read_scheme(folder: Path) -> Scheme | None:
+    """How a checkpoint is quantised; None where it is not.
+
+    errors  CheckpointError for a scheme that is not ours, and where config and index disagree
+    """
+    raw = read_json(folder, "config.json")
+    scheme = Scheme.from_json(raw, str(folder / "config.json"))
+    if not os.path.lexists(folder / WEIGHTS) and os.path.lexists(folder / INDEX):
+        listed = read_json(folder, INDEX).get("metadata")
+        named = listed.get("quantization_config") if isinstance(listed, dict) else None
+        if named != raw.get("quantization_config"):
+            raise CheckpointError(
+                f"{folder / INDEX}: quantization_config is not that of config.json; the files are"
+                " of different checkpoints"
+            )
+    return scheme
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
@@ -117,6 +182,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for file in files.values():
         with _open(file) as tensors:
+            offsets = _offsets(file)
             for key in tensors.keys():  # noqa: SIM118  (not a mapping, has no iterator)
                 header = tensors.get_slice(key)
                 name = published_name(key)
@@ -125,7 +191,12 @@ def read_headers(folder: Path) -> dict[str, Stored]:
                     raise CheckpointError(
                         f"{file}: {key} is the same tensor as {other.key} in {other.file.name}"
                     )
-                found[name] = Stored(file, key, header.get_dtype(), tuple(header.get_shape()))
+                shape = tuple(header.get_shape())
+                found[name] = Stored(file, key, header.get_dtype(), shape, offsets[key])
+    if not found:
+        raise CheckpointError(
+            f"{folder}: the weight files hold no tensor; fetch the checkpoint again"
+        )
     if WEIGHTS not in files:
         listed = {published_name(key): name for key, name in weight_map(folder).items()}
         held = {name: entry.file.name for name, entry in found.items()}
@@ -150,22 +221,52 @@ def published_name(key: str) -> str:
     return key
 
 
-def _converted(entry: Stored, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A tensor of the files in other storage, piece by piece so that it never exists twice."""
-    row = math.prod(entry.shape[1:]) * DTYPES[entry.dtype].itemsize
-    rows = max(1, PIECE_BYTES // max(1, row))
+def _read(found: Checkpoint, left_out: Container[str], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of the files: mapped where nothing is to be done with them, else read in pieces."""
+    stored = {name: entry for name, entry in found.stored.items() if name not in left_out}
+    codes = quantize.code_names(found.model)
+    state: dict[str, Tensor] = {}
+    for file in {entry.file for entry in stored.values()} if device.type == "cpu" else ():
+        with _open(file) as tensors:
+            for name, entry in stored.items():
+                if entry.file == file and (name in codes or entry.kind == found.dtype):
+                    state[name] = tensors.get_tensor(entry.key)
+    left = {name: entry for name, entry in stored.items() if name not in state}
+    if not left:
+        return state
+    folder = next(iter(left.values())).file.parent
     try:
-        tensor = torch.empty(entry.shape, dtype=dtype, device=device)
-        for start in range(0, entry.shape[0], rows):
-            # Opened anew for each piece: pages that were read stay in memory until it is closed.
-            with _open(entry.file) as tensors:
-                tensor[start : start + rows] = tensors.get_slice(entry.key)[start : start + rows]
-    except RuntimeError as error:
+        places = packing.room(found.model, found.dtype, device)
+        for name in left.keys() & codes.keys():
+            places[name] = torch.empty(left[name].shape, dtype=codes[name], device=device)
+        parts = [
+            reading.Part(entry.file, entry.offset, entry.kind, places[name])
+            for name, entry in left.items()
+            if entry.kind is not None
+        ]
+        reading.fill(parts, device, PIECE_BYTES)
+    except (RuntimeError, AssertionError) as error:  # the latter: built without that device
         first = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{entry.file}: cannot put {entry.key} on {device} as {plain(dtype)} ({first})"
+            f"{folder}: cannot put the weights on {device} as {plain(found.dtype)} ({first})"
         ) from error
-    return tensor
+    return state | {name: places[name] for name in left}
+
+
+def quantised(
+    path: str, stored: Mapping[str, Stored], scheme: Scheme, device: torch.device
+) -> dict[str, Tensor]:
+    """Codes and scales of one layer as stored, from its weight in the files, read in pieces.
+
+    errors  InputError that names the layer, where it cannot be quantised
+    """
+    entry = stored[f"{path}.weight"]
+    try:
+        made = QuantizedLinear.from_rows(entry.read, entry.shape, scheme, device)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    qweight, scales = made.stored()
+    return {f"{path}.qweight": qweight, f"{path}.scales": scales}
 
 
 def _open(file: Path) -> Any:
@@ -179,10 +280,27 @@ def _open(file: Path) -> Any:
         raise CheckpointError(f"{file}: cannot read it ({str(error).splitlines()[0]})") from error
 
 
-def _dtypes(folder: Path, stored: dict[str, Stored]) -> dict[torch.dtype, list[str]]:
-    """The dtypes in use, each with the names of its tensors."""
+def _offsets(file: Path) -> dict[str, int]:
+    """Where each tensor's bytes begin in a file that `_open` has checked."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    return {key: 8 + length + entry["data_offsets"][0] for key, entry in header.items()}
+
+
+def _dtypes(
+    folder: Path, stored: dict[str, Stored], codes: Mapping[str, torch.dtype]
+) -> dict[torch.dtype, list[str]]:
+    """The dtypes in use but for codes and scales, each with the names of its tensors."""
     kinds: dict[torch.dtype, list[str]] = {}
     for name, entry in stored.items():
+        if name in codes:
+            if entry.kind != codes[name]:
+                raise CheckpointError(
+                    f"{folder}: {name} has dtype {entry.dtype}, expected {plain(codes[name])}"
+                )
+            continue
         if entry.dtype not in DTYPES:
             raise CheckpointError(
                 f"{folder}: {name} has dtype {entry.dtype}, only {', '.join(DTYPES)} are supported"
@@ -193,10 +311,6 @@ def _dtypes(folder: Path, stored: dict[str, Stored]) -> dict[torch.dtype, list[s
 
 def _only(folder: Path, kinds: dict[torch.dtype, list[str]]) -> torch.dtype:
     """The one dtype of a checkpoint."""
-    if not kinds:
-        raise CheckpointError(
-            f"{folder}: the weight files hold no tensor; fetch the checkpoint again"
-        )
     main, *rest = sorted(kinds, key=lambda kind: -len(kinds[kind]))
     if rest:
         others = "; ".join(f"{plain(kind)}: {few(kinds[kind])}" for kind in rest)
@@ -207,7 +321,12 @@ def _only(folder: Path, kinds: dict[torch.dtype, list[str]]) -> torch.dtype:
     return main
 
 
-def _build(folder: Path, config: Qwen2AudioConfig, stored: dict[str, Stored]) -> Qwen2Audio:
+def _build(
+    folder: Path,
+    config: Qwen2AudioConfig,
+    stored: dict[str, Stored],
+    scheme: Scheme | None = None,
+) -> Qwen2Audio:
     """The model without storage, once the files are known to hold exactly its tensors."""
     where = folder / "config.json"
     layers = config.audio.encoder_layers + config.text.num_hidden_layers
@@ -219,6 +338,14 @@ def _build(folder: Path, config: Qwen2AudioConfig, stored: dict[str, Stored]) ->
         model = without_storage(config)
     except RuntimeError as error:
         raise CheckpointError(f"{where}: declares impossible sizes ({error})") from error
+    if scheme is not None:
+        paths = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
+        if not paths:
+            raise CheckpointError(f"{where}: names a quantisation, the weights hold no codes")
+        try:
+            quantize.lay_out(model, paths, scheme)
+        except InputError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     bent = [
         f"{name} is {_size(stored[name].shape)}, expected {_size(shape)}"

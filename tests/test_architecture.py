@@ -20,15 +20,15 @@ CORE, KERNELS = "qwen2audio_core", "qwen2audio_kernels"
 # A file or folder of the core may import those of a smaller number.
 LAYERS = {
     **dict.fromkeys(("config", "errors", "ops", "options"), 0),
-    **dict.fromkeys(("hub", "audio", "audio_files", "frontend"), 1),
+    **dict.fromkeys(("hub", "reading", "audio", "audio_files", "frontend"), 1),
     **dict.fromkeys(("cache", "linear", "encoder", "projector", "decoder"), 1),
     "model": 2,
     **dict.fromkeys(
-        ("weights", "saving", "quantize", "tokenizer", "chat", "sampling", "backends"), 3
+        ("weights", "saving", "quantize", "packing", "tokenizer", "chat", "sampling", "backends"), 3
     ),
-    **dict.fromkeys(("generate", "packing", "prefix_cache", "slots", "engine", "probe", "tiny"), 4),
+    **dict.fromkeys(("generate", "prefix_cache", "slots", "engine", "probe", "tiny"), 4),
     **dict.fromkeys(("assistant", "terminal"), 4),
-    **dict.fromkeys(("talk", "transcribe", "compare", "info", "__init__"), 5),
+    **dict.fromkeys(("talk", "transcribe", "compare", "info", "quantize_command", "__init__"), 5),
     **dict.fromkeys(("training", "evaluation", "web", "serving", "inspect"), 5),
     "cli": 6,
 }
@@ -43,14 +43,17 @@ SIDEWAYS = {
     ("projector", "linear"),
     ("chat", "tokenizer"),
     ("weights", "sampling"),
+    ("weights", "packing"),
+    ("weights", "quantize"),
+    ("saving", "quantize"),
     ("saving", "weights"),
+    ("packing", "quantize"),
     ("quantize", "backends"),
     ("assistant", "generate"),
     ("terminal", "assistant"),
     ("assistant", "tiny"),
-    ("slots", "packing"),
+    ("quantize_command", "info"),
     ("engine", "generate"),
-    ("engine", "packing"),
     ("engine", "prefix_cache"),
     ("engine", "slots"),
     ("serving", "transcribe"),
@@ -65,6 +68,7 @@ EAGER = {
     "options": {"typer"},
     "serving": {"typer"},
     "training": {"typer"},
+    "quantize_command": {"typer"},
 }
 INSIDE = {
     "audio": {"soxr", "torchaudio"},
@@ -74,6 +78,7 @@ INSIDE = {
     "backends": {KERNELS},
     "compare": {"rich", "transformers"},
     "info": {"rich"},
+    "quantize_command": {"rich"},
     "cli": {"rich"},
     "serving": {"fastapi", "starlette", "uvicorn", "h11", "python_multipart", "prometheus_client"},
 }

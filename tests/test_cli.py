@@ -262,7 +262,7 @@ def test_an_operating_system_error_is_one_line(run, monkeypatch):
 def test_no_pack(run, monkeypatch, question, command, expected):
     given = []
 
-    def load(*words, pack):
+    def load(*words, pack, quantize):
         given.append(pack)
         raise InputError("enough")
 

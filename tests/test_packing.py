@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from qwen2audio_core import tiny
+from qwen2audio_core import quantize, tiny, weights
 from qwen2audio_core.errors import InputError
+from qwen2audio_core.linear import side_by_side
 from qwen2audio_core.model import Qwen2Audio
-from qwen2audio_core.packing import Projection, Separate, pack, projection, side_by_side
-from qwen2audio_core.quantize import quantize
+from qwen2audio_core.packing import Alone, Projection, Separate, pack, projection
 from qwen2audio_core.saving import save_model
 from qwen2audio_core.weights import load_model
 
@@ -128,15 +128,76 @@ def test_side_by_side_sees_order_gaps_and_kinds():
     assert side_by_side([buffer[:4, :2], buffer[4:, :2]]) is None
 
 
-def test_quantised_layers_stay_and_adapters_are_refused(model):
-    quantize(model, 8)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_groups_are_one_product_too(model, bits, tmp_path):
+    """Codes lie side by side; every layer, the state and a saved model are what they were."""
+    quantize.quantize(model, bits)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        logits = model(ids)
+        pack(model)
+        assert torch.equal(model(ids), logits)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    x = torch.randn(2, 64)
+    for group in groups(model):
+        if isinstance(group[0], quantize.QuantizedLinear):
+            joint = projection(*group)
+            # The tiny model's keys and values are 32 outputs each: int4 blocks hold 64.
+            assert isinstance(joint, Alone) == (bits == 8 or len(group) == 2)
+            expected = [layer(x) for layer in group]
+            assert all(map(torch.equal, joint.split(x), expected))
+            if isinstance(joint, Alone):
+                assert joint.layer.qweight.data_ptr() == group[0].qweight.data_ptr()
+    save_model(model, tmp_path / "saved")
+    again = load_model(tmp_path / "saved").state_dict()
+    assert all(torch.equal(again[name], before[name]) for name in before)
+    places = [tensor.data_ptr() for tensor in after.values()]
+    pack(model)
+    assert [tensor.data_ptr() for tensor in model.state_dict().values()] == places
+
+
+def test_quantised_groups_come_apart_and_together_again(model):
+    quantize.quantize(model, 8)
     pack(model)
     attention = model.language_model.model.layers[0].self_attn
-    x = torch.randn(2, 64)
-    parts = projection(attention.q_proj, attention.k_proj).split(x)
-    assert torch.equal(parts[1], attention.k_proj(x))
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+    assert quantize.joint(parts) is not None
+    model.double()  # to another device it would be the same
+    assert quantize.joint(parts) is None
+    pack(model)
+    joint = quantize.joint(parts)
+    assert joint is not None and joint.bias.dtype == torch.float64
+    with torch.no_grad():
+        parts[1].bias[0] += 1
+    assert joint.bias[64] == parts[1].bias[0]
+
+
+def test_adapters_are_refused(model):
+    attention = model.language_model.model.layers[0].self_attn
 
     class Adapter(torch.nn.Linear): ...
 
     with pytest.raises(InputError, match="found a Adapter: merge adapters"):
         projection(attention.q_proj, Adapter(64, 64))
+
+
+# --- straight from the files ----------------------------------------------------------------------
+
+
+def test_a_load_that_converts_reads_into_the_packed_layout(tmp_path, monkeypatch):
+    tiny.write_random(tmp_path / "model", seed=3, std=0.125)
+    plain = load_model(tmp_path / "model")
+    assert any(isinstance(projection(*group), Separate) for group in groups(plain))
+    monkeypatch.setattr(weights, "PIECE_BYTES", 5000)  # many pieces, read in any order
+    model = load_model(tmp_path / "model", dtype=torch.float32)
+    for group in groups(model):
+        assert type(projection(*group)) is Projection
+    places = [parameter.data_ptr() for parameter in model.parameters()]
+    pack(model)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == places
+    expected = plain.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name].float()), name
