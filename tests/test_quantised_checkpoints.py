@@ -82,6 +82,8 @@ def test_a_converted_folder_is_the_model_quantised_in_memory(name, plain, conver
     assert quantize.scheme_of(read) == scheme and not read.training
     saving.save_model(expected, tmp_path / "saved", companions=plain)
     same_state(weights.load_model(tmp_path / "saved"), expected)
+    saving.save_model(expected, tmp_path / "wide", dtype=torch.float32)
+    same_state(weights.load_model(tmp_path / "wide", dtype=torch.bfloat16), expected)
     same_state(weights.load_model(plain, scheme=scheme), expected)
     same_state(weights.load_model(folder, scheme=scheme), expected)
 
