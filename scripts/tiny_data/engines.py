@@ -2,9 +2,11 @@
 
     python engines.py < requests > answers       started and fed by speech.py, not by hand
 
-request  one line of JSON: {"engine", "name", "variant", "text", "rate", "pitch"}
-answer   one line of JSON: {"rate": samples/s, "bytes": n, "words": [[offset, length, ms], ...]}
+request  one line of JSON: {"engine", "name", "variant", "text", "rate", "pitch", "events": bool}
+answer   one line of JSON: {"rate": samples/s, "bytes": n, "events": [[what, where, sample], ...]}
          and then n bytes of int16 samples; or {"error": "why"}
+events   of espeak-ng, in order: at this sample a "word" begins, which starts at character `where`
+         of the text, or a "sound" of speech, or a "pause"
 
 Both libraries carry state from one sentence into the next (the phase of a trembling voice, the
 seed of its breath), so that a sentence would sound different after another one. Therefore each
@@ -23,6 +25,8 @@ import sys
 ESPEAK_RATE = 22_050
 FLITE_PITCH = {"kal": 95.0, "kal16": 95.0, "awb": 127.0, "rms": 105.0, "slt": 167.0}  # Hz
 FLITE_STRETCH = {"kal": 1.1, "kal16": 1.1}  # the voice's own duration factor, else 1
+
+Spoken = tuple[int, bytes, list[tuple[str, int, int]]]  # samples/s, int16 samples, events
 
 
 class Event(ctypes.Structure):
@@ -75,11 +79,12 @@ class Espeak:
 
     def __init__(self) -> None:
         self.library = load("libespeak-ng.so.1", "espeak-ng")
-        synchronous = 2
-        if self.library.espeak_Initialize(synchronous, 0, None, 0) != ESPEAK_RATE:
+        synchronous, phoneme_events = 2, 1
+        if self.library.espeak_Initialize(synchronous, 0, None, phoneme_events) != ESPEAK_RATE:
             raise RuntimeError("espeak-ng does not start: is its data (espeak-ng-data) installed?")
         self.samples: list[bytes] = []
-        self.words: list[tuple[int, int, int]] = []
+        self.events: list[tuple[str, int, int]] = []
+        self.wants_events = False
         self.callback = CALLBACK(self.collect)  # kept: the library holds only the pointer
         self.library.espeak_SetSynthCallback(self.callback)
         self.library.espeak_ListVoices(None)  # reads two hundred files, better once than per fork
@@ -87,26 +92,31 @@ class Espeak:
     def collect(self, samples: int | None, count: int, events: "ctypes._Pointer[Event]") -> int:
         if samples and count > 0:
             self.samples.append(ctypes.string_at(samples, 2 * count))
-        i, word, end_of_list = 0, 1, 0
-        while events[i].type != end_of_list:
-            if events[i].type == word:
-                event = events[i]
-                self.words.append((event.text_position, event.length, event.audio_position))
+        end_of_list, word, phoneme = 0, 1, 7
+        i = 0
+        while self.wants_events and events[i].type != end_of_list:
+            event = events[i]
+            if event.type == word:
+                self.events.append(("word", event.text_position - 1, event.sample))
+            elif event.type == phoneme:
+                what = "pause" if event.id.startswith(b"_") else "sound"
+                self.events.append((what, -1, event.sample))
             i += 1
         return 0
 
-    def speak(self, request: dict) -> tuple[int, bytes, list[tuple[int, int, int]]]:
+    def speak(self, request: dict) -> Spoken:
         voice = request["name"] + (f"+{request['variant']}" if request["variant"] else "")
         if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise RuntimeError(f"espeak-ng has no voice {voice!r}")
         rate, volume, pitch, utf8 = 1, 2, 3, 1
-        self.library.espeak_SetParameter(volume, 30, 0)  # of 100; above, some variants clip
+        self.library.espeak_SetParameter(volume, 20, 0)  # of 100; above, some variants clip
         self.library.espeak_SetParameter(rate, request["rate"], 0)
         self.library.espeak_SetParameter(pitch, request["pitch"], 0)
+        self.wants_events = request["events"]
         text = request["text"].encode()
         self.library.espeak_Synth(text, len(text) + 1, 0, 1, 0, utf8, None, None)
         self.library.espeak_Synchronize()
-        return ESPEAK_RATE, b"".join(self.samples), self.words
+        return ESPEAK_RATE, b"".join(self.samples), self.events
 
 
 class Flite:
@@ -128,7 +138,7 @@ class Flite:
             register.argtypes = [ctypes.c_char_p]
             self.voices[name] = register(None)
 
-    def speak(self, request: dict) -> tuple[int, bytes, list[tuple[int, int, int]]]:
+    def speak(self, request: dict) -> Spoken:
         name = request["name"]
         if name not in self.voices:
             raise RuntimeError(f"flite has no voice {name!r} (known: {', '.join(self.voices)})")
@@ -167,8 +177,8 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             try:
-                rate, samples, words = engines[name].speak(request)
-                about = {"rate": rate, "bytes": len(samples), "words": words}
+                rate, samples, events = engines[name].speak(request)
+                about = {"rate": rate, "bytes": len(samples), "events": events}
                 write(json.dumps(about).encode() + b"\n" + samples)
             except RuntimeError as wrong:
                 write(error(str(wrong)))

@@ -124,10 +124,10 @@ def reverberate(waveform: np.ndarray, amount: float, rng: np.random.Generator) -
     """
     decay = 0.15 + 0.85 * amount
     time = np.arange(1, round(decay * RATE)) / RATE
-    tail = rng.standard_normal(len(time)) * 10 ** (-3 * time / decay)
+    tail = rng.standard_normal(len(time), dtype=np.float32) * 10 ** (-3 * time / decay)
     tail *= np.sqrt((0.1 + 0.9 * amount) / np.square(tail).sum())  # energy, the direct sound has 1
-    impulse = np.concatenate([[1.0], tail])
+    impulse = np.concatenate([[1.0], tail]).astype(np.float32)
     length = len(waveform) + len(impulse) // 2
     size = sounds.fast_size(len(waveform) + len(impulse))
-    spectrum = np.fft.rfft(waveform, size) * np.fft.rfft(impulse, size)
+    spectrum = np.fft.rfft(waveform.astype(np.float32), size) * np.fft.rfft(impulse, size)
     return np.fft.irfft(spectrum, size)[:length]

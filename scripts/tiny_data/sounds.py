@@ -71,14 +71,19 @@ def band(rng: Generator, length: int, low: float, high: float, slope: float = 0.
     slope  dB per octave within the band
     """
     size = fast_size(length)
-    hertz = np.arange(size // 2 + 1) * RATE / size
+    hertz = np.arange(size // 2 + 1, dtype=np.float32) * (RATE / size)
     hertz[0] = 1.0
-    gain = 1 / ((1 + (low / hertz) ** 4) * (1 + (hertz / high) ** 4)) ** 0.5
+    gain = 1 / np.sqrt((1 + (low / hertz) ** 4) * (1 + (hertz / high) ** 4))
     if slope:
         gain *= (hertz / low) ** (slope / 6.02)
-    spectrum = np.fft.rfft(rng.standard_normal(size)) * gain
-    waves = np.fft.irfft(spectrum, size)[:length]
+    waves = np.fft.irfft(spectrum(rng, size) * gain, size)[:length]
     return waves / max(np.sqrt(np.square(waves).mean()), 1e-9)
+
+
+def spectrum(rng: Generator, size: int) -> Array:
+    """The spectrum of white noise, for irfft to `size` samples."""
+    numbers = rng.standard_normal(2 * (size // 2 + 1), dtype=np.float32)
+    return numbers.view(np.complex64)
 
 
 def fast_size(length: int) -> int:
@@ -368,10 +373,8 @@ def telephone(rng: Generator, seconds: float) -> Array:
         angle = 2 * np.pi * tone * time
         bells += fade * (np.sin(angle) + 0.5 * np.sin(2.76 * angle) + 0.2 * np.sin(5.4 * angle))
     on, off = between(rng, 0.5, 1.2), rng.uniform(0.2, 0.5)
-    ringing = ((time + rng.uniform(0, 0.2)) % (on + off) < on).astype(float)
-    fading = np.exp(-np.arange(2400) / 500)
-    smooth = np.convolve(ringing, fading / fading.sum())[: len(time)]
-    return bells * smooth
+    since = (time + rng.uniform(0, 0.2)) % (on + off)
+    return bells * np.where(since < on, 1 - np.exp(-since / 0.03), np.exp(-(since - on) / 0.03))
 
 
 def wind(rng: Generator, seconds: float) -> Array:
@@ -489,7 +492,7 @@ def cow(rng: Generator, seconds: float) -> Array:
     hertz = between(rng, 105, 175) * (0.8 + 0.3 * np.sin(np.pi * np.minimum(along * 1.2, 1)))
     hertz *= 1 + 0.012 * wander(rng, len(time), 12)
     size = between(rng, 0.85, 1.15)
-    multiples = hertz.max() * np.arange(1, 30)
+    multiples = hertz.max() * np.arange(1, 20)
     shut = formants(multiples, ((260 * size, 90), (900 * size, 120)))
     wide = formants(multiples, ((480 * size, 130), (850 * size, 180), (2300 * size, 500)))
     mouth = np.clip((along - rng.uniform(0.15, 0.35)) * 6, 0, 1)
@@ -723,22 +726,23 @@ def noise(rng: Generator, kind: str, seconds: float) -> Array:
     white: equal power per hertz; pink: falls by 3 dB an octave; brown: by 6 dB; hum: mains, 50 or
     60 Hz with its harmonics. Power below 20 Hz is left out.
     """
-    time = clock(seconds)
-    length = len(time)
+    length = max(1, round(seconds * RATE))
     if kind == "white":
-        waves = rng.standard_normal(length)
+        waves = rng.standard_normal(length, dtype=np.float32)
     elif kind in ("pink", "brown"):
         size = fast_size(length)
-        hertz = np.arange(size // 2 + 1) * RATE / size
+        hertz = np.arange(size // 2 + 1) * (RATE / size)
         gain = np.where(hertz < 20, 0.0, np.maximum(hertz, 20) ** (-0.5 if kind == "pink" else -1))
-        waves = np.fft.irfft(np.fft.rfft(rng.standard_normal(size)) * gain, size)[:length]
+        waves = np.fft.irfft(spectrum(rng, size) * gain.astype(np.float32), size)[:length]
     elif kind == "hum":
-        waves = np.zeros(length)
+        time = np.arange(RATE // 10) / RATE  # after which both mains repeat
         base = rng.choice((50.0, 60.0))
+        period = np.zeros(len(time))
         for harmonic in range(1, 9):
             start = rng.uniform(0, 2 * np.pi)
             level = rng.uniform(0.3, 1.0) / harmonic
-            waves += level * np.sin(2 * np.pi * base * harmonic * time + start)
+            period += level * np.sin(2 * np.pi * base * harmonic * time + start)
+        waves = np.resize(period, length)
     else:
         raise ValueError(f"noise {kind!r}: it is one of {', '.join(NOISES)}")
     return waves / max(np.sqrt(np.square(waves).mean()), 1e-9)
