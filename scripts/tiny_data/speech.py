@@ -52,8 +52,8 @@ LANGUAGES = {
 TRAIN_MEN = (
     "", "Alex", "Andy", "AnxiousAndy", "Denis", "Diogo", "Gene", "Gene2", "Henrique", "Hugo",
     "Jacky", "Lee", "Mario", "Michael", "Mike", "Mr serious", "Storm", "adam", "antonio",
-    "benjamin", "boris", "croak", "ed", "edward", "edward2", "grandpa", "gustave", "iven",
-    "iven2", "iven3", "iven4", "john", "m1", "m3", "m5", "m6", "m7", "m8", "marcelo", "max",
+    "benjamin", "boris", "croak", "ed", "edward", "edward2", "gustave", "iven",
+    "iven2", "iven3", "iven4", "john", "m1", "m2", "m3", "m5", "m6", "m7", "m8", "marcelo", "max",
     "michel", "miguel", "norbert", "pablo", "pedro", "rob", "robert", "sandro", "whisper",
 )  # fmt: skip
 TRAIN_WOMEN = (
@@ -64,7 +64,7 @@ TRAIN_OTHERS = (
     "klatt", "klatt2", "klatt3", "klatt4", "klatt5", "robosoft", "robosoft2", "robosoft3",
     "robosoft4", "robosoft5", "robosoft6", "robosoft7", "robosoft8", "zac",
 )  # fmt: skip
-TEST_MEN = ("Marco", "david", "m2", "m4", "paul", "quincy", "travis", "victor")
+TEST_MEN = ("Marco", "david", "grandpa", "m4", "paul", "quincy", "travis", "victor")
 TEST_WOMEN = ("belinda", "linda", "f5", "steph", "steph3", "whisperf")
 TEST_OTHERS = ("kaukovalta", "shelby")
 VARIANTS = {
