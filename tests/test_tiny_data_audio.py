@@ -26,6 +26,8 @@ WORDS = {
     "ja": "あかい",
 }
 FIRST = ("espeak", "en-us", "f3")
+FESTIVAL = ("festival", "cmu_us_slt_arctic_hts", "")
+HAS_FESTIVAL = Path("/usr/share/festival/voices/us", FESTIVAL[1]).is_dir()
 CLIP = {"kind": "speech", "text": "two red books", "voice": list(FIRST)}
 needs_engines = pytest.mark.skipif(
     not (find_library("espeak-ng") and find_library("flite")),
@@ -55,8 +57,8 @@ def test_splits_share_no_voice_and_no_variant() -> None:
         for voice in speech.voices(lang, "test"):
             assert speech.voice(*voice.key) == voice
         assert {voice.gender for voice in speech.voices(lang, "test")} >= {"man", "woman"}
-    unseen = [voice.name for voice in speech.voices("en", "test") if voice.engine == "flite"]
-    assert unseen == ["slt"]
+    engines = {s: {voice.engine for voice in speech.voices("en", s)} for s in ("train", "test")}
+    assert engines == {"train": {"espeak", "flite"}, "test": {"espeak", "flite", "festival"}}
 
 
 @needs_engines
@@ -69,6 +71,8 @@ def test_every_voice_speaks_and_no_two_alike(lang: str) -> None:
         for voice in speech.voices(lang, split):
             if voice.name != first and voice.variant != "f3" and voice.engine == "espeak":
                 continue
+            if voice.engine == "festival":
+                continue  # tested below
             waveform = speech.speak(WORDS[lang], voice, rate=220)
             assert waveform.dtype == np.float32
             assert 0.15 < len(waveform) / RATE < 2.5, voice
@@ -89,6 +93,17 @@ def test_speech_does_not_depend_on_what_was_spoken_before() -> None:
     again = [speech.speak("seven red books", voice) for voice in (trembling, breath)]
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.skipif(
+    not HAS_FESTIVAL, reason="needs festival (apt install festival festvox-us-slt-hts)"
+)
+def test_festival_speaks_at_the_asked_rate() -> None:
+    voice = speech.voice(*FESTIVAL)
+    slow, fast = (speech.speak('five "red" apples', voice, rate=rate) for rate in (120, 200))
+    assert rms(fast) > 0.003
+    assert len(slow) > 1.4 * len(fast)
+    np.testing.assert_array_equal(slow, speech.speak('five "red" apples', voice, rate=120))
 
 
 @needs_engines

@@ -1,4 +1,4 @@
-"""A small process that speaks: espeak-ng and flite through their C libraries, one request a line.
+"""A small process that speaks: espeak-ng, flite and festival, one request a line.
 
     python engines.py < requests > answers       started and fed by speech.py, not by hand
 
@@ -8,23 +8,29 @@ answer   one line of JSON: {"rate": samples/s, "bytes": n, "events": [[what, whe
 events   of espeak-ng, in order: at this sample a "word" begins, which starts at character `where`
          of the text, or a "sound" of speech, or a "pause"
 
-Both libraries carry state from one sentence into the next (the phase of a trembling voice, the
-seed of its breath), so that a sentence would sound different after another one. Therefore each
-request is spoken in a fork of a process that has never spoken: equal requests, equal samples.
-Choosing a voice happens after the fork too: espeak-ng 1.51 now and then speaks garbage or crashes
-once it has changed voices often.
-Only the standard library is imported, which keeps the fork at about a millisecond.
+espeak-ng and flite are C libraries that carry state from one sentence into the next (the phase of a
+trembling voice, the seed of its breath), so that a sentence would sound different after another
+one. Therefore each request is spoken in a fork of a process that has never spoken: equal requests,
+equal samples. Choosing a voice happens after the fork too: espeak-ng 1.51 now and then speaks
+garbage or crashes once it has changed voices often. Only the standard library is imported, which
+keeps the fork at about a millisecond. festival, which only the test needs, is a program, run anew
+for each sentence.
 """
 
 import ctypes
 import gc
 import json
 import os
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
+import wave
 
 ESPEAK_RATE = 22_050
 FLITE_PITCH = {"kal": 95.0, "kal16": 95.0, "awb": 127.0, "rms": 105.0, "slt": 167.0}  # Hz
-FLITE_STRETCH = {"kal": 1.1, "kal16": 1.1}  # the voice's own duration factor, else 1
+FLITE_STRETCH = {"kal": 1.1, "kal16": 1.1, "rms": 0.83}  # for espeak-ng's time at the same rate
 
 Spoken = tuple[int, bytes, list[tuple[str, int, int]]]  # samples/s, int16 samples, events
 
@@ -148,8 +154,45 @@ class Flite:
         features = voice.contents.features
         self.library.feat_set_float(features, b"duration_stretch", stretch)
         self.library.feat_set_float(features, b"int_f0_target_mean", hertz)
-        wave = self.library.flite_text_to_wave(request["text"].encode(), voice).contents
-        return wave.sample_rate, ctypes.string_at(wave.samples, 2 * wave.num_samples), []
+        spoken = self.library.flite_text_to_wave(request["text"].encode(), voice).contents
+        samples = ctypes.string_at(spoken.samples, 2 * spoken.num_samples)
+        return spoken.sample_rate, samples, []
+
+
+class Festival:
+    """The program festival. Its statistical voice takes a speed but keeps its own pitch."""
+
+    SPEED = 154  # words a minute of the voice left alone: it then takes espeak-ng's time at 154
+
+    def __init__(self) -> None:
+        if shutil.which("festival") is None:
+            raise RuntimeError(
+                "festival is not installed "
+                "(Debian and Ubuntu: apt install festival festvox-us-slt-hts)"
+            )
+
+    def speak(self, request: dict) -> Spoken:
+        text = request["text"].replace("\\", " ").replace('"', " ")
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "spoken.wav")
+            commands = (
+                f"(voice_{request['name']})"
+                f'(set! speed (list (list "-r" {request["rate"] / self.SPEED})))'
+                "(set! hts_engine_params (append hts_engine_params speed))"
+                f'(set! utterance (utt.synth (Utterance Text "{text}")))'
+                f'(utt.save.wave utterance "{path}" \'riff)'
+            )
+            done = subprocess.run(
+                ["festival", "--pipe"], input=commands.encode(), capture_output=True
+            )
+            if not os.path.exists(path):
+                why = " ".join(done.stderr.decode(errors="replace").split())
+                raise RuntimeError(
+                    f"festival does not speak with {request['name']}: {why} "
+                    "(Debian and Ubuntu: apt install festvox-us-slt-hts)"
+                )
+            with wave.open(path) as spoken:
+                return spoken.getframerate(), spoken.readframes(spoken.getnframes()), []
 
 
 def write(data: bytes) -> None:
@@ -162,8 +205,9 @@ def error(text: str) -> bytes:
 
 
 def serve() -> None:
-    kinds = {"espeak": Espeak, "flite": Flite}
-    engines: dict[str, Espeak | Flite] = {}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asks; then stdin ends
+    kinds = {"espeak": Espeak, "flite": Flite, "festival": Festival}
+    engines: dict[str, Espeak | Flite | Festival] = {}
     for line in sys.stdin.buffer:
         request = json.loads(line)
         name = request["engine"]

@@ -1,4 +1,4 @@
-"""A clip's description (plain JSON values) to its waveform, for the tiny model's data.
+"""A clip's description (plain JSON values) to its waveform, for the small model's data.
 
     {"kind": "speech", "text": "...", "voice": ["espeak", "en-us", "f3"], "rate": 160, "pitch": 50,
      "spoken": "..."}                      what the engine is given, where that is not the text

@@ -1,4 +1,4 @@
-"""Sounds, melodies and noises by formula, for the tiny model's data.
+"""Sounds, melodies and noises by formula, for the small model's data.
 
     SOUNDS["siren"].caption                  "A siren is wailing."
     sound("siren", rng, 2.0)                 a siren unlike the last one, (32000,) at 16 kHz

@@ -1,8 +1,10 @@
-"""Text to speech for the tiny model's data: espeak-ng in eight languages, flite in English.
+"""Text to speech for the small model's data: espeak-ng in eight languages, flite, festival.
 
 Every voice belongs to one split for good: "train", or "test", which training never hears. Of
-espeak-ng's variants (one voice file each, usable with every language) those are held out that
-differ from every one of training, families whole; of flite's voices slt is held out.
+espeak-ng's variants (one voice file each, usable with every language) sixteen are held out, none
+of which has a twin in training. Of flite's English voices slt is held out; its method (clustergen)
+is known from awb and rms. festival's one voice is the same woman by another method (HTS), which no
+voice of training has.
 
     voice = speech.voices("en", "train")[0]
     waveform = speech.speak("seven red books", voice, rate=160, pitch=50)      # (N,) at 16 kHz
@@ -14,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +26,6 @@ import soxr
 
 RATE = 16_000
 EDGE = int(0.07 * RATE)  # what is left of the silence around speech
-PACKAGES = "Debian and Ubuntu: apt install espeak-ng flite"
 
 # language tag of the model -> espeak-ng's voices, by names that its library takes with a variant
 LANGUAGES = {
@@ -72,7 +74,16 @@ VARIANTS = {
     "test": {"man": TEST_MEN, "woman": TEST_WOMEN, None: TEST_OTHERS},
 }
 WHISPERS = ("whisper", "whisperf")
-FLITE = {"train": {"man": ("kal", "kal16", "awb", "rms")}, "test": {"woman": ("slt",)}}
+# English voices of the other engines: (engine, name, gender).
+OTHERS = {
+    "train": (
+        ("flite", "kal", "man"),
+        ("flite", "kal16", "man"),
+        ("flite", "awb", "man"),
+        ("flite", "rms", "man"),
+    ),
+    "test": (("flite", "slt", "woman"), ("festival", "cmu_us_slt_arctic_hts", "woman")),
+}
 
 
 class SpeechError(RuntimeError):
@@ -81,7 +92,7 @@ class SpeechError(RuntimeError):
 
 @dataclass(frozen=True)
 class Voice:
-    engine: str  # "espeak" or "flite"
+    engine: str  # "espeak", "flite" or "festival"
     name: str  # the engine's voice: "en-us", "slt"
     variant: str  # espeak-ng's variant: "f3", or "" for the language's own voice
     language: str  # the model's language tag
@@ -118,9 +129,7 @@ def voices(language: str, split: str) -> list[Voice]:
     ]
     if language == "en":
         found += [
-            Voice("flite", name, "", "en", gender, split)
-            for gender, names in FLITE[split].items()
-            for name in names
+            Voice(engine, name, "", "en", gender, split) for engine, name, gender in OTHERS[split]
         ]
     return found
 
@@ -143,22 +152,24 @@ class Server:
         command = [sys.executable, "-I", str(Path(__file__).with_name("engines.py"))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.owner = os.getpid()
+        self.lock = threading.Lock()
         atexit.register(self.close)
 
     def ask(self, request: dict) -> tuple[dict, bytes]:
         assert self.process.stdin is not None and self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = b""
-        if not line:
-            raise SpeechError("the speaking process ended (engines.py); its message is above")
-        about = json.loads(line)
-        if "error" in about:
-            raise SpeechError(about["error"])
-        return about, self.process.stdout.read(about["bytes"])
+        with self.lock:
+            try:
+                self.process.stdin.write(json.dumps(request).encode() + b"\n")
+                self.process.stdin.flush()
+                line = self.process.stdout.readline()
+            except BrokenPipeError:
+                line = b""
+            if not line:
+                raise SpeechError("the speaking process ended (engines.py); its message is above")
+            about = json.loads(line)
+            if "error" in about:
+                raise SpeechError(about["error"])
+            return about, self.process.stdout.read(about["bytes"])
 
     def close(self) -> None:
         if self.owner == os.getpid() and self.process.poll() is None:
@@ -209,7 +220,8 @@ def speak(text: str, voice: Voice, rate: int = 160, pitch: int = 50) -> np.ndarr
     """Speak `text`: (N,) float32 at 16 kHz, with up to 0.07 s of silence left around it.
 
     rate  words a minute, 80 to 400; pitch 0 to 99 (flite: plus and minus half an octave; its rms
-    voice keeps its own pitch). Equal arguments give equal samples, whatever was spoken before.
+    voice and festival keep their own pitch). Equal arguments give equal samples, whatever was
+    spoken before.
     Raises SpeechError where the engine is missing or the text gives no sound.
     """
     waveform, _ = synthesise(text, voice, rate, pitch)
@@ -226,7 +238,8 @@ def speak_with_times(
     Chinese characters and kana what espeak-ng takes for a word (of Cantonese, a character). Where
     espeak-ng says several words as one ("of the"), they come as one. start is where the word's
     first sound begins, end where its last one gives way to the next word or to a pause: espeak-ng's
-    own events, exact to a few milliseconds. Raises SpeechError for flite, which tells no times.
+    own events, exact to a few milliseconds. Raises SpeechError for the other engines, which tell no
+    times.
     """
     if voice.engine != "espeak":
         raise SpeechError(f"{' '.join(voice.key)} tells no word times; an espeak voice does")
