@@ -32,8 +32,8 @@ from qwen2audio_core.options import (
     TopK,
     TopP,
 )
-from qwen2audio_core.serving.command import serve
 from qwen2audio_core.quantize_command import quantize as quantize_checkpoint
+from qwen2audio_core.serving.command import serve
 from qwen2audio_core.terminal import (
     URLS,
     load,

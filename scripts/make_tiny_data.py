@@ -12,7 +12,9 @@
                     training never has
     texts.txt       every prompt and answer of the training, for the tokenizer
 
-Every row also has "task", "subtask", "language", "set" and "seconds" (of all its clips). Paths are
+Every row also has "task", "subtask", "language", "set" and "seconds" (of all its clips), a row of
+pretrain.jsonl whose clip is one utterance of espeak-ng "sounds", [[name, start in s], ...] of each
+sound of speech, a pause being "": an auxiliary loss teaches the encoder to hear them. Paths are
 relative to DIR. A run that was broken off goes on where it stopped. The same seed makes the same
 data. Needs espeak-ng and flite.
 """
@@ -69,12 +71,15 @@ def make_chunk(job: Job) -> tuple[int, float]:
         row = DRAW[stage](i, seed)
         paths, seconds = [], 0.0
         for n, clip in enumerate(row["clips"]):
-            waveform = render.render(clip, seed=hash_of(stage, seed, i, n))
+            waveform, heard = render.render_with_sounds(clip, seed=hash_of(stage, seed, i, n))
             path = folder / f"{i:07}{chr(ord('a') + n) if n else ''}.wav"
             write(path, waveform)
             paths.append(str(path.relative_to(out)))
             seconds += len(waveform) / RATE
-        lines.append(json.dumps(as_written(row, paths, seconds), ensure_ascii=False))
+        written = as_written(row, paths, seconds)
+        if heard and len(paths) == 1 and stage == "pretrain":
+            written["sounds"] = heard
+        lines.append(json.dumps(written, ensure_ascii=False))
         total += seconds
     text = "\n".join(lines) + "\n"
     new = part.with_suffix(".new")

@@ -183,6 +183,27 @@ def test_words_of_word_times(name: str, text: str, words: list[str]) -> None:
 
 
 @needs_engines
+def test_sounds_of_speech_are_where_they_are_heard() -> None:
+    clip = {"kind": "speech", "text": "see sue", "voice": ["espeak", "en-us", "m3"], "at": 0.5}
+    waveform, heard = render.render_with_sounds(clip, 0)
+    assert np.array_equal(waveform, render.render(clip, 0))
+    names, starts = zip(*heard, strict=True)
+    assert names[-1] == "" and list(starts) == sorted(starts) and starts[0] >= 0.5
+    hiss = [name == "s" for name in names]
+    assert sum(hiss) == 2
+    for i, (name, start) in enumerate(heard[:-1]):
+        if not name:
+            continue
+        piece = waveform[round(RATE * start) : round(RATE * heard[i + 1][1])]
+        power = np.abs(np.fft.rfft(piece)) ** 2
+        high = power[len(power) // 2 :].sum() / power.sum()  # above 4 kHz
+        assert (high > 0.4) == hiss[i], (name, start, high)
+    other = {"kind": "sound", "name": "siren", "seconds": 1.0}
+    assert render.render_with_sounds(other, 0)[1] == []
+    assert np.array_equal(render.render_with_sounds(other, 0)[0], render.render(other, 0))
+
+
+@needs_engines
 @pytest.mark.parametrize("gain_db", [-3, -20])
 def test_the_peak_is_the_asked_one(gain_db: float) -> None:
     waveform = render.render({**CLIP, "gain_db": gain_db, "reverb": 0.3}, 0)

@@ -6,7 +6,7 @@ request  one line of JSON: {"engine", "name", "variant", "text", "rate", "pitch"
 answer   one line of JSON: {"rate": samples/s, "bytes": n, "events": [[what, where, sample], ...]}
          and then n bytes of int16 samples; or {"error": "why"}
 events   of espeak-ng, in order: at this sample a "word" begins, which starts at character `where`
-         of the text, or a "sound" of speech, or a "pause"
+         of the text, or a "sound" of speech, whose name stands for `where`, or a "pause"
 
 espeak-ng and flite are C libraries that carry state from one sentence into the next (the phase of a
 trembling voice, the seed of its breath), so that a sentence would sound different after another
@@ -32,7 +32,7 @@ ESPEAK_RATE = 22_050
 FLITE_PITCH = {"kal": 95.0, "kal16": 95.0, "awb": 127.0, "rms": 105.0, "slt": 167.0}  # Hz
 FLITE_STRETCH = {"kal": 1.1, "kal16": 1.1, "rms": 0.83}  # for espeak-ng's time at the same rate
 
-Spoken = tuple[int, bytes, list[tuple[str, int, int]]]  # samples/s, int16 samples, events
+Spoken = tuple[int, bytes, list[tuple[str, int | str, int]]]  # samples/s, int16 samples, events
 
 
 class Event(ctypes.Structure):
@@ -89,7 +89,7 @@ class Espeak:
         if self.library.espeak_Initialize(synchronous, 0, None, phoneme_events) != ESPEAK_RATE:
             raise RuntimeError("espeak-ng does not start: is its data (espeak-ng-data) installed?")
         self.samples: list[bytes] = []
-        self.events: list[tuple[str, int, int]] = []
+        self.events: list[tuple[str, int | str, int]] = []
         self.wants_events = False
         self.callback = CALLBACK(self.collect)  # kept: the library holds only the pointer
         self.library.espeak_SetSynthCallback(self.callback)
@@ -105,8 +105,9 @@ class Espeak:
             if event.type == word:
                 self.events.append(("word", event.text_position - 1, event.sample))
             elif event.type == phoneme:
-                what = "pause" if event.id.startswith(b"_") else "sound"
-                self.events.append((what, -1, event.sample))
+                name = event.id.decode(errors="replace")
+                what = "pause" if name.startswith("_") else "sound"
+                self.events.append((what, name, event.sample))
             i += 1
         return 0
 

@@ -39,18 +39,36 @@ def render(clip: dict, seed: int) -> np.ndarray:
     Raises ValueError for a description that makes no sense, speech.SpeechError where an engine
     is missing.
     """
-    waveform = _render(clip, np.random.default_rng(seed))
+    return _finish(_render(clip, np.random.default_rng(seed)))
+
+
+def render_with_sounds(clip: dict, seed: int) -> tuple[np.ndarray, list[tuple[str, float]]]:
+    """render's waveform, and which speech sound begins when (speech.speak_with_sounds).
+
+    The list is empty for what espeak-ng does not speak as one utterance.
+    """
+    if clip["kind"] != "speech" or clip["voice"][0] != "espeak":
+        return render(clip, seed), []
+    text = clip.get("spoken") or clip["text"]
+    spoken, heard = speech.speak_with_sounds(
+        text, speech.voice(*clip["voice"]), clip.get("rate", 160), clip.get("pitch", 50)
+    )
+    at = clip.get("at", 0.0)
+    waveform = _finish(_render(clip, np.random.default_rng(seed), spoken))
+    return waveform, [(name, round(start + at, 3)) for name, start in heard]
+
+
+def _finish(waveform: np.ndarray) -> np.ndarray:
     peak = np.abs(waveform).max(initial=0.0)
-    if peak > 1:
-        waveform = waveform / peak
-    return waveform.astype(np.float32)
+    return (waveform / max(1.0, peak)).astype(np.float32)
 
 
-def _render(clip: dict, rng: np.random.Generator) -> np.ndarray:
+def _render(clip: dict, rng: np.random.Generator, spoken: np.ndarray | None = None) -> np.ndarray:
+    """`spoken` is the speech of the clip where it is known already."""
     kind = clip["kind"]
     if kind not in KINDS:
         raise ValueError(f"clip kind {kind!r}: it is one of {', '.join(KINDS)}")
-    waveform = _source(clip, kind, rng)
+    waveform = _source(clip, kind, rng) if spoken is None else spoken
     if clip.get("reverb"):
         waveform = reverberate(waveform, clip["reverb"], rng)
     gain_db = clip.get("gain_db", None if kind in ("sequence", "mixture") else -3.0)

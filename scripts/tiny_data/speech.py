@@ -20,6 +20,7 @@ import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soxr
@@ -183,7 +184,7 @@ _server: Server | None = None
 
 def synthesise(
     text: str, voice: Voice, rate: int, pitch: int, events: bool = False
-) -> tuple[np.ndarray, list[tuple[str, int, float]]]:
+) -> tuple[np.ndarray, list[tuple[str, Any, float]]]:
     """The engine's own samples, resampled: ((N,) float32 at 16 kHz, events with their seconds)."""
     global _server
     if not 80 <= rate <= 400 or not 0 <= pitch <= 99:
@@ -252,15 +253,35 @@ def speak_with_times(
     return waveform[first:end], heard
 
 
+def speak_with_sounds(
+    text: str, voice: Voice, rate: int = 160, pitch: int = 50
+) -> tuple[np.ndarray, list[tuple[str, float]]]:
+    """Speak, and tell which speech sound begins when: (waveform, [(name, start), ...]) in seconds.
+
+    The waveform is speak's. Names are espeak-ng's own for a language's sounds ("tS", "a:"), "" is a
+    pause; the last entry is the pause behind the speech. Raises SpeechError as speak_with_times.
+    """
+    if voice.engine != "espeak":
+        raise SpeechError(f"{' '.join(voice.key)} tells no times; an espeak voice does")
+    waveform, events = synthesise(text, voice, rate, pitch, events=True)
+    first, end = _bounds(waveform, text, voice)
+    heard = [
+        (str(name) if what == "sound" else "", max(0.0, now - first / RATE))
+        for what, name, now in events
+        if what != "word"
+    ]
+    return waveform[first:end], [*heard, ("", (end - first) / RATE)]
+
+
 def word_times(
-    text: str, events: list[tuple[str, int, float]], seconds: float
+    text: str, events: list[tuple[str, Any, float]], seconds: float
 ) -> list[tuple[str, float, float]]:
     """Words of `text` and their times, from the events of an utterance that lasts `seconds`."""
     firsts = {match.start() for match in re.finditer(r"\S+", text)}
     places: list[int] = []  # where each word starts in the text
     spans: list[list[float]] = []  # its first sound's start, its last sound's end
     inside = False  # a sound of the last word is under way
-    for what, where, now in [*events, ("pause", -1, seconds)]:
+    for what, where, now in [*events, ("pause", "", seconds)]:
         if inside:
             spans[-1][1] = now
             inside = False
