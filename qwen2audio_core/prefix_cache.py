@@ -6,12 +6,15 @@ clips, by the SHA-256 of the samples.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 
 from torch import Tensor
 
 WORTH = 32  # ids that two conversations must share before their cache is
+LOOKS = 8  # conversations that are compared id by id
 
 
 @dataclass
@@ -30,11 +33,24 @@ class Beginning:
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.saved)
 
+    @cached_property
+    def keys(self) -> list[int]:
+        """One for each block of WORTH ids: alike where all up to its end is, clips among it."""
+        keys, key = list[int](), 0
+        for start in range(0, len(self.ids) - WORTH + 1, WORTH):
+            end = start + WORTH
+            clips = [clip for clip in self.clips if start <= clip[0] < end]
+            key = hash((key, *self.ids[start:end], *clips))
+            keys.append(key)
+        return keys
+
     def shared(self, other: "Beginning") -> int:
         """How many ids two conversations have in common before anything differs."""
-        pairs = enumerate(zip(self.ids, other.ids, strict=False))
-        shortest = min(len(self.ids), len(other.ids))
-        same = next((i for i, (mine, theirs) in pairs if mine != theirs), shortest)
+        same, shortest = 0, min(len(self.ids), len(other.ids))
+        while same < shortest and self.ids[same : same + WORTH] == other.ids[same : same + WORTH]:
+            same = min(same + WORTH, shortest)
+        while same < shortest and self.ids[same] == other.ids[same]:
+            same += 1
         for (start, mine), (_, theirs) in zip(self.clips, other.clips, strict=False):
             if start < same and mine != theirs:
                 return start
@@ -42,12 +58,18 @@ class Beginning:
 
 
 class PrefixCache:
-    """The conversations read last, as many as `limit` bytes hold; the longest unused goes first."""
+    """The conversations read last, as many as `limit` bytes hold; the longest unused goes first.
+
+    They are found by the keys of their blocks, so that looking takes no longer for many of them.
+    """
 
     def __init__(self, limit: int):
         self.limit = limit
         self.bytes = 0
-        self._entries: list[Beginning] = []  # the one used last at the end
+        self._count = 0
+        self._entries: dict[int, Beginning] = {}  # by number; the one used last at the end
+        self._blocks: dict[int, dict[int, None]] = {}  # key -> numbers of those that have it
+        self._ends: dict[int, dict[int, None]] = {}  # key -> numbers of those whose last it is
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -55,33 +77,60 @@ class PrefixCache:
     def find(self, wanted: Beginning) -> tuple[Beginning | None, int]:
         """What was read that begins most like `wanted`, and how many ids of it serve.
 
-        The last id of `wanted` never does: its logits have to be computed.
+        Where more than LOOKS conversations are alike up to a block, only the newest of them are
+        compared beyond it: others may have had less than a block more. The last id of `wanted`
+        never serves: its logits have to be computed.
         """
         best, most = None, WORTH - 1
-        for entry in self._entries:
-            shared = min(entry.shared(wanted), len(wanted.ids) - 1)
+        for number in self._alike(wanted):
+            shared = min(self._entries[number].shared(wanted), len(wanted.ids) - 1)
             if shared > most:
-                best, most = entry, shared
+                best, most = number, shared
         if best is None:
             return None, 0
-        self._entries.remove(best)
-        self._entries.append(best)
-        return best, most
+        entry = self._entries[best] = self._entries.pop(best)
+        return entry, most
 
     def holds(self, wanted: Beginning) -> bool:
         """Whether all of `wanted` is there already."""
-        return any(entry.shared(wanted) == len(wanted.ids) for entry in self._entries)
+        alike = self._alike(wanted)
+        return any(self._entries[number].shared(wanted) == len(wanted.ids) for number in alike)
+
+    def _alike(self, wanted: Beginning) -> Iterator[int]:
+        """The newest of those that have most of its blocks."""
+        found: dict[int, None] = {}
+        for key in wanted.keys:
+            if key not in self._blocks:
+                break
+            found = self._blocks[key]
+        return islice(reversed(found), LOOKS)
 
     def add(self, new: Beginning) -> None:
         """Keep a conversation instead of those that it continues."""
-        if new.bytes > self.limit:
+        if new.bytes > self.limit or not new.keys:
             return
-        kept = [entry for entry in self._entries if entry.shared(new) < len(entry.ids)]
-        kept.append(new)
-        while sum(entry.bytes for entry in kept) > self.limit:
-            kept.pop(0)
-        self._entries = kept
-        self.bytes = sum(entry.bytes for entry in kept)
+        for key in new.keys:
+            for number in list(self._ends.get(key, ())):
+                entry = self._entries[number]
+                if entry.shared(new) == len(entry.ids):
+                    self._remove(number)
+        self._count += 1
+        self._entries[self._count] = new
+        self.bytes += new.bytes
+        for key in new.keys:
+            self._blocks.setdefault(key, {})[self._count] = None
+        self._ends.setdefault(new.keys[-1], {})[self._count] = None
+        while self.bytes > self.limit:
+            self._remove(next(iter(self._entries)))
+
+    def _remove(self, number: int) -> None:
+        entry = self._entries.pop(number)
+        self.bytes -= entry.bytes
+        for index, keys in ((self._blocks, entry.keys), (self._ends, entry.keys[-1:])):
+            for key in keys:
+                del index[key][number]
+                if not index[key]:
+                    del index[key]
 
 
 def digest(waveform: Tensor) -> bytes:

@@ -43,6 +43,7 @@ class Live:
     service: Service
     client: openai.OpenAI
     http: httpx.Client
+    stop: Callable[[], None]  # as a signal would, and wait for the end
 
     def chat(self, content: Any = "Hello", **fields: Any) -> Any:
         """An answer to one turn, greedy unless it says otherwise."""
@@ -71,16 +72,20 @@ def live(
     thread.start()
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     wait(lambda: server.started)
+
+    def stop() -> None:
+        server.should_exit = True
+        thread.join(30)
+
     headers = {"Authorization": f"Bearer {service.policy.api_key or 'none'}"}
     client = openai.OpenAI(
         base_url=url + "/v1", api_key=service.policy.api_key or "none", max_retries=0, timeout=60
     )
     with client, httpx.Client(base_url=url, headers=headers, timeout=60, trust_env=False) as http:
         try:
-            yield Live(url, service, client, http)
+            yield Live(url, service, client, http, stop)
         finally:
-            server.should_exit = True
-            thread.join(30)
+            stop()
             service.close()
     assert not thread.is_alive()
 

@@ -603,7 +603,9 @@ def test_prefix_cache_holds_no_more_than_its_bytes():
 
     for first in range(5):
         cache.add(kept(first))
-        assert cache.bytes <= 4000 and cache.bytes == sum(entry.bytes for entry in cache._entries)
+        assert cache.bytes <= 4000 and cache.bytes == sum(
+            entry.bytes for entry in cache._entries.values()
+        )
     assert len(cache) == 3
     wanted = Beginning([2] * 150, [])
     assert cache.find(wanted)[1] == 100  # and is the one used last now
@@ -615,6 +617,60 @@ def test_prefix_cache_holds_no_more_than_its_bytes():
     assert cache.find(wanted)[1] == 120 and cache.holds(Beginning([2] * 110, []))
     assert not cache.holds(Beginning([2] * 121, []))
     assert cache.find(Beginning([2] * 20, [])) == (None, 0)
+
+
+def test_prefixes_are_found_as_by_looking_at_all_of_them():
+    draw = random.Random(0)
+
+    def conversation():
+        """Of few heads, clips and words, so that many begin alike and some go on from others."""
+        ids = [1] * draw.choice((10, 40, 70))
+        clips = []
+        for _ in range(draw.randrange(3)):
+            clips.append((len(ids), draw.choice((b"a", b"b"))))
+            ids += [9] * draw.choice((5, 40))
+            ids += [draw.randrange(2, 4)] * draw.choice((3, 33, 50))
+        return Beginning(ids, clips, [torch.zeros(len(ids), 3)])
+
+    cache, kept = PrefixCache(limit=100_000), []
+    found = 0
+    for _ in range(600):
+        wanted = conversation()
+        lengths = [min(entry.shared(wanted), len(wanted.ids) - 1) for entry in kept]
+        best, most = cache.find(wanted)
+        expected = max((n for n in lengths if n >= 32), default=0)
+        assert expected - 32 < most <= expected
+        if best is not None:
+            assert min(best.shared(wanted), len(wanted.ids) - 1) == most
+            found += 1
+        if cache.holds(wanted):
+            assert any(entry.shared(wanted) == len(wanted.ids) for entry in kept)
+        cache.add(wanted)
+        kept = list(cache._entries.values())
+        assert cache.bytes == sum(entry.bytes for entry in kept) <= 100_000
+        assert not any(entry.shared(wanted) == len(entry.ids) for entry in kept[:-1])
+        assert {key for entry in kept for key in entry.keys} == set(cache._blocks)
+        assert {entry.keys[-1] for entry in kept} == set(cache._ends)
+    assert found > 300 and 50 < len(kept) < 600
+    for number in list(cache._entries):
+        cache._remove(number)
+    assert cache.bytes == len(cache) == len(cache._blocks) == len(cache._ends) == 0
+
+
+def test_looking_takes_no_longer_for_many(monkeypatch):
+    cache = PrefixCache(limit=10**9)
+    for i in range(2000):
+        cache.add(Beginning([1] * 64 + [2 + i] * 40, [], [torch.zeros(1)]))
+    looks = []
+    shared = Beginning.shared
+    monkeypatch.setattr(
+        Beginning, "shared", lambda self, other: looks.append(0) or shared(self, other)
+    )
+    wanted = Beginning([1] * 64 + [77] * 40, [], [torch.zeros(1)])
+    assert cache.find(wanted)[1] == 103 and cache.holds(wanted)
+    assert cache.find(Beginning([1] * 70, []))[1] == 64
+    cache.add(wanted)
+    assert len(cache) == 2000 and len(looks) < 30
 
 
 def test_clips_are_known_by_their_samples():

@@ -173,7 +173,7 @@ class Run:
         context = engine.max_tokens
         room = context - prompt
         if room < (self._tokens or 1):
-            answer = f" and {self._tokens} for the answer" if self._tokens else ""
+            answer = f" and {self._tokens:,} for the answer" if self._tokens else ""
             raise ApiError(
                 400,
                 f"the context holds {context:,} tokens, the messages have {prompt:,}, {audio:,} of"

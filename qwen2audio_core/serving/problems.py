@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qwen2audio_core.errors import InputError
+from qwen2audio_core.errors import AudioError, InputError
 from qwen2audio_core.terminal import memory_line
 
 TYPES = {
@@ -57,7 +57,8 @@ def problem(error: Exception) -> ApiError:
     if isinstance(error, ExceptionGroup):  # of tasks side by side, the first to fail
         return problem(error.exceptions[0])
     if isinstance(error, InputError):
-        return ApiError(400, str(error))
+        code = "invalid_audio" if isinstance(error, AudioError) else None
+        return ApiError(400, str(error), code=code)
     if memory_line(error):
         return ApiError(
             503,
