@@ -199,9 +199,8 @@ def test_seconds_clips_and_tokens(server):
     refused(chat(spoken(wav(41.0))), 400, "longer than the 40 s allowed here", "invalid_audio")
     refused(chat(spoken(wav(30.0)), spoken(wav(11.0))), 400, "longer than the 10 s allowed here")
     refused(chat(*[spoken(wav(0.1))] * 4), 400, "4 clips, at most 3")
-    silence = np.zeros(16000 * 3600, "<i2").tobytes()
     packed = io.BytesIO()
-    soundfile.write(packed, np.frombuffer(silence, "<i2"), 16000, format="FLAC")
+    soundfile.write(packed, np.zeros(8000 * 3600, "<i2"), 8000, format="FLAC")
     assert len(packed.getvalue()) < 2**20  # an hour in little space
     refused(chat(spoken(packed.getvalue())), 400, "longer than the 40 s allowed here")
     answer = server.http.post(
@@ -217,9 +216,10 @@ def test_seconds_clips_and_tokens(server):
     assert error["param"] == "messages"
     words = {"type": "text", "text": "x" * 1500}
     refused(chat(words, max_tokens=1000), 400, "and 1,000 for the answer: send less")
+    words = {"type": "text", "text": "x" * 1950}
     fitting = chat(words, max_tokens=None, min_tokens=1024)  # as much as there is room for
     used = fitting.json()["usage"]
-    assert used["total_tokens"] == 2048 and used["completion_tokens"] < 1024
+    assert used["total_tokens"] == 2048 and used["completion_tokens"] < 100
     assert fitting.json()["choices"][0]["finish_reason"] == "length"
 
 

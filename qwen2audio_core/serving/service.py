@@ -61,11 +61,17 @@ class Ticket:
     def __init__(self, service: Service):
         self._service = service
         self._bytes = 0
+        self._over = False
 
     def take(self, size: int) -> None:
-        """Hold so many bytes more. Raises ApiError where there is no room; from any thread."""
+        """Hold so many bytes more. Raises ApiError where there is no room; from any thread.
+
+        A thread may still decode for a request that has ended: then this does nothing.
+        """
         service = self._service
         with service._lock:
+            if self._over:
+                return
             if service._held + size > service.policy.held_bytes:
                 raise service.busy("the open requests fill the server's memory: try again")
             service._held += size
@@ -75,4 +81,4 @@ class Ticket:
         service = self._service
         with service._lock:
             service._held -= self._bytes
-            self._bytes = 0
+            self._over = True
