@@ -7,7 +7,8 @@
 
     pretrain.jsonl  {"audio", "prompt", "gt", "source"}: the official form, for the base model
     sft.jsonl       {"messages", "audios"}: <audio> in the messages stands for each clip, in order
-    valid.jsonl     both forms; voices of the training, sentences of its own drawing
+    valid.jsonl     both forms; voices of the training, sentences of its own drawing. Also by form,
+                    as valid-pretrain.jsonl and valid-sft.jsonl
     test.jsonl      both forms; voices, a speech engine, sentences, speeds and noise levels that the
                     training never has
     texts.txt       every prompt and answer of the training, for the tokenizer
@@ -167,6 +168,11 @@ def make(out: Path, stage: str, rows: int, seed: int, workers: int, hours: float
             file.write(path.read_text(encoding="utf-8"))
             tasks_made.update(row["task"] for row in read(path))
     new.rename(final)
+    if stage == "valid":
+        rows_of = {"pretrain": "prompt", "sft": "messages"}
+        for form, key in rows_of.items():
+            lines = [json.dumps(row, ensure_ascii=False) for row in read(final) if key in row]
+            (out / f"valid-{form}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     counts = ", ".join(f"{task} {count:,}" for task, count in tasks_made.most_common())
     print(f"{stage}: {sum(tasks_made.values()):,} rows in {final} ({counts})")
 

@@ -292,6 +292,14 @@ def test_a_broken_off_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (tmp_path / "other" / "sft.jsonl").read_text(encoding="utf-8") != whole
 
 
+def test_validation_by_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_tiny_data.render, "render", lambda clip, seed: np.zeros(1_600))
+    make_tiny_data.make(tmp_path, "valid", 12, 0, 1, None)
+    forms = [list(make_tiny_data.read(tmp_path / f"valid-{f}.jsonl")) for f in ("pretrain", "sft")]
+    assert [len(rows) for rows in forms] == [6, 6]
+    assert all("prompt" in row for row in forms[0]) and all("messages" in row for row in forms[1])
+
+
 class InProcess:
     """A pool of workers that is this process."""
 
