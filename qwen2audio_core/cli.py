@@ -44,6 +44,7 @@ from qwen2audio_core.terminal import (
     write,
 )
 from qwen2audio_core.training.command import train
+from qwen2audio_core.web.command import demo
 
 app = typer.Typer(
     help="Qwen2-Audio in plain PyTorch: ask about speech, sound and music, and get text.",
@@ -350,6 +351,7 @@ def info(
 
 app.command()(serve)
 app.command("quantize")(quantize_checkpoint)
+app.command()(demo)
 
 
 def expand_clips(words: list[str]) -> list[str]:

@@ -69,6 +69,7 @@ EAGER = {
     "serving": {"typer"},
     "training": {"typer"},
     "quantize_command": {"typer"},
+    "web": {"typer"},
 }
 INSIDE = {
     "audio": {"soxr", "torchaudio"},
@@ -81,6 +82,7 @@ INSIDE = {
     "quantize_command": {"rich"},
     "cli": {"rich"},
     "serving": {"fastapi", "starlette", "uvicorn", "h11", "python_multipart", "prometheus_client"},
+    "web": {"gradio", "starlette"},
 }
 # Not needed to import the core: the extras, and what only some calls use.
 OPTIONAL = (
@@ -94,6 +96,7 @@ OPTIONAL = (
     "soxr",
     "rich",
     *("fastapi", "starlette", "uvicorn", "h11", "python_multipart", "prometheus_client"),
+    "gradio",
     KERNELS,
 )
 

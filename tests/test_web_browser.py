@@ -1,0 +1,338 @@
+"""The web demo as a person meets it: in a real browser, with a microphone that plays a clip.
+
+Pictures of what the browser showed go to the folder named by QWEN2AUDIO_SHOTS, if it is set.
+"""
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen2audio_core import assistant, cli
+from qwen2audio_core.generate import Generation
+from qwen2audio_core.web import server
+from qwen2audio_core.web.sessions import Limits
+
+CLIPS = Path(cli.__file__).parent / "assets" / "clips"
+BELL, TRAIN, CAPITAL = (CLIPS / f"{name}.flac" for name in ("sound_bell", "en_train", "en_capital"))
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+MISSING = [
+    *(name for name in ("playwright", "gradio", "soundfile") if find_spec(name) is None),
+    *([] if CHROMIUM else ["chromium"]),
+]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+SHORT = {"greedy": True, "max_new_tokens": 24}
+PATIENCE = 60_000  # ms; the machine may be busy with something else
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    loaded = assistant.load("tiny")
+    yield loaded
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def address(model) -> Iterator[str]:
+    with server.serving(model, limits=Limits(upload_bytes=2**20)) as (address,):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory) -> Iterator[Any]:
+    import soundfile
+    from playwright.sync_api import sync_playwright
+
+    said = tmp_path_factory.mktemp("microphone") / "said.wav"
+    samples, rate = soundfile.read(CAPITAL)
+    soundfile.write(said, samples, rate)
+    flags = (
+        *("no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update"),
+        *("disable-sync", "no-first-run", "use-fake-ui-for-media-stream"),
+        *("use-fake-device-for-media-stream", f"use-file-for-fake-audio-capture={said}"),
+    )
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=[f"--{flag}" for flag in flags]
+        )
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """One person at the page; notes what the page asks of other hosts, and its errors."""
+
+    def __init__(self, browser: Any, address: str, query: str = "", **options: Any):
+        options = {"viewport": {"width": 1280, "height": 860}, "locale": "en-US", **options}
+        self.context = browser.new_context(permissions=["microphone"], **options)
+        self.elsewhere: list[str] = []
+        self.errors: list[str] = []
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(PATIENCE)
+        self.page.on("request", lambda request: self._asked(address, request.url))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda said: self._said(said.type, said.text))
+        self.page.goto(address + "/" + query)
+        self.page.locator(".q2a-heading h1").wait_for()
+
+    def _asked(self, address: str, url: str) -> None:
+        if not url.startswith((address + "/", "data:", "blob:")):
+            self.elsewhere.append(url)
+
+    def _said(self, kind: str, text: str) -> None:
+        if kind == "error" or "Content Security Policy" in text:
+            self.errors.append(text)
+
+    def at(self, name: str) -> Any:
+        return self.page.locator(f"#q2a-{name}")
+
+    @property
+    def text(self) -> Any:
+        return self.at("text").locator("textarea")
+
+    @property
+    def answers(self) -> Any:
+        return self.at("chat").locator("[data-testid=bot]")
+
+    @property
+    def waiting(self) -> Any:
+        return self.at("waiting").locator("figure")
+
+    def upload(self, *clips: Path) -> None:
+        self.at("upload").locator("input[type=file]").set_input_files([str(clip) for clip in clips])
+
+    def set(self, tokens: int = 24) -> None:
+        """Settings that keep answers short."""
+        self.page.get_by_text("Settings").click()
+        box = self.at("tokens").locator("input[type=number]")
+        box.fill(str(tokens))
+        box.press("Enter")
+
+    def answered(self, count: int) -> str:
+        """Wait until so many answers are there and the last is over. What it says."""
+        until(lambda: self.answers.count() == count and self.at("send").is_visible())
+        return self.answers.last.inner_text().strip()
+
+    def shot(self, name: str) -> None:
+        if folder := os.environ.get("QWEN2AUDIO_SHOTS"):
+            time.sleep(0.5)
+            self.page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+
+def until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE / 1000
+    while not done():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def visit(chromium, address) -> Iterator[Callable[..., Visit]]:
+    visits: list[Visit] = []
+
+    def open_one(*query: str, **options: Any) -> Visit:
+        visits.append(Visit(chromium, address, *query, **options))
+        return visits[-1]
+
+    yield open_one
+    for one in visits:
+        one.context.close()
+        assert one.elsewhere == [], "it asked another host"
+        assert one.errors == []
+
+
+def shown(text: str) -> str:
+    """An answer as the page's text: markdown folds white space."""
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def test_a_conversation(visit, model):
+    """Two uploads and a text, then a recording about them, then retry, edit, clear."""
+    one = visit()
+    one.shot("empty")
+    one.set()
+    one.upload(BELL, TRAIN)
+    until(lambda: one.waiting.count() == 2)
+    assert one.waiting.first.locator("img").evaluate("image => image.naturalHeight") == 128
+    one.shot("clips")
+    one.text.fill("What do you hear?")
+    one.text.press("Enter")
+    talk = model.chat()
+    assert shown(one.answered(1)) == shown(
+        talk.say("What do you hear?", [BELL, TRAIN], **SHORT).text
+    )
+    assert one.waiting.count() == 0 and one.text.input_value() == ""
+    assert "24 tokens" in one.at("status").inner_text()
+    one.shot("answer")
+
+    one.text.fill("And the first one?")  # the clips are still part of the conversation
+    one.at("send").click()
+    second = talk.say("And the first one?", **SHORT).text
+    assert shown(one.answered(2)) == shown(second)
+    assert second != model.ask("And the first one?", **SHORT).text
+
+    one.at("retry").click()
+    until(lambda: one.at("stop").is_visible() or one.at("send").is_visible())
+    assert shown(one.answered(2)) == shown(second)  # greedy
+
+    one.at("edit").click()
+    until(lambda: one.answers.count() == 1)
+    assert one.text.input_value() == "And the first one?"
+    one.text.fill("And the second one?")
+    one.at("send").click()
+    talk.messages = talk.messages[:2]
+    assert shown(one.answered(2)) == shown(talk.say("And the second one?", **SHORT).text)
+
+    one.at("clear").click()
+    until(lambda: one.answers.count() == 0)
+    one.page.get_by_text("Name a sound").wait_for()
+
+
+def test_the_microphone(visit):
+    """What is recorded waits as a clip, or is answered at once; it is the clip that was played."""
+    one = visit()
+    one.set(tokens=4)
+    for at_once in (False, True):
+        if at_once:
+            one.at("voice").locator("input").check()
+        one.at("microphone").get_by_role("button", name="Record", exact=True).click()
+        stop = one.at("microphone").get_by_role("button", name="Stop", exact=True)
+        stop.wait_for()
+        time.sleep(1.2)
+        one.shot("recording")
+        stop.click()
+        if not at_once:
+            one.waiting.wait_for()
+            assert "recording 1" in one.waiting.inner_text()
+            seconds = float(re.search(r"([\d.]+) s", one.waiting.inner_text())[1])
+            assert 0.5 < seconds < 10
+            one.waiting.get_by_role("button").click()
+            until(lambda: one.waiting.count() == 0)
+    one.answered(1)
+    played = one.at("chat").locator("audio")
+    until(lambda: played.evaluate("audio => audio.readyState") >= 1)
+    assert played.evaluate("audio => audio.duration") > 0.5
+    assert "recording 2" in one.at("chat").inner_text()
+
+
+@pytest.fixture
+def slow_model(monkeypatch):
+    """A model that takes its time, so that it can be interrupted on any machine."""
+    whole = Generation.step
+
+    def step(self: Generation) -> list[tuple[int, int]]:
+        time.sleep(0.1)
+        return whole(self)
+
+    monkeypatch.setattr(Generation, "step", step)
+
+
+def test_an_answer_streams_and_stops(visit, slow_model):
+    one = visit()
+    one.set(tokens=1000)
+    one.text.fill("Tell me everything")
+    one.at("send").click()
+    lengths: list[int] = []
+
+    def longer() -> bool:
+        if one.answers.count():
+            lengths.append(len(one.answers.last.inner_text()))
+        return len(set(lengths)) > 3
+
+    until(longer)
+    one.at("stop").click()
+    kept = one.answered(1)
+    assert "stopped" in one.at("status").inner_text()
+    tokens = int(one.at("status").inner_text().split()[0])
+    assert 3 <= tokens < 900 and len(kept) <= tokens
+    time.sleep(0.5)
+    assert one.answers.last.inner_text().strip() == kept
+
+
+def test_two_people_at_once(visit, slow_model):
+    """Neither sees the other's words; the second waits in the line and is told so."""
+    one, two = visit(), visit("?lang=zh")
+    assert two.at("send").inner_text() == "发送"
+    one.set(tokens=1000)
+    one.text.fill("First person")
+    one.at("send").click()
+    one.at("stop").wait_for()
+    two.upload(BELL)
+    two.waiting.wait_for()
+    two.at("send").click()
+    two.page.get_by_text("排队中，前面还有 1 个").wait_for()
+    two.shot("line")
+    one.at("stop").click()
+    one.answered(1)
+    until(lambda: two.answers.count() == 1 and "排队" not in two.answers.last.inner_text())
+    two.at("stop").click()
+    two.answered(1)
+    assert "First" not in two.at("chat").inner_text()
+    assert "bell" not in one.at("chat").inner_text()
+    one.at("language").click()
+    until(lambda: one.at("send").inner_text() == "发送")
+    assert "First person" in one.at("chat").inner_text()
+
+
+def test_a_broken_upload_and_one_too_large(visit, tmp_path):
+    one = visit()
+    (tmp_path / "broken.wav").write_bytes(b"RIFF nothing of the kind")
+    one.upload(tmp_path / "broken.wav")
+    alert = one.at("status").get_by_role("alert")
+    alert.wait_for()
+    assert alert.inner_text().startswith("broken.wav: ") and "Traceback" not in one.page.content()
+    one.shot("broken")
+    (tmp_path / "large.wav").write_bytes(bytes(2**20 + 1))
+    one.upload(tmp_path / "large.wav")
+    one.page.get_by_text("exceed the maximum allowed size of 1.0 Mb").first.wait_for()
+    one.upload(BELL)
+    one.waiting.wait_for()
+
+
+def test_a_phone_in_the_dark(visit):
+    """380 pixels wide: nothing sticks out, everything can be reached."""
+    phone = {"width": 380, "height": 780}
+    one = visit(viewport=phone, is_mobile=True, has_touch=True, color_scheme="dark")
+    one.upload(BELL)
+    one.waiting.wait_for()
+    one.set(tokens=200)
+    one.text.fill("What is that?")
+    one.at("send").tap()
+    one.answered(1)
+    wide = one.page.evaluate("document.documentElement.scrollWidth")
+    outer = one.page.evaluate("window.innerWidth")
+    assert wide == outer == 380
+    for name in ("send", "retry", "edit", "clear", "microphone", "upload", "language"):
+        box = one.at(name).bounding_box()
+        assert box and box["x"] >= 0 and box["x"] + box["width"] <= 380, name
+    red, green, blue = map(
+        int,
+        re.findall(r"\d+", one.page.evaluate("getComputedStyle(document.body).backgroundColor"))[
+            :3
+        ],
+    )
+    assert max(red, green, blue) < 80
+    one.shot("phone-dark")
+
+
+@pytest.mark.slow
+def test_every_example_answers(visit, model):
+    from qwen2audio_core.web.views import EXAMPLES
+    from qwen2audio_core.web.words import words
+
+    for title, text, clips in EXAMPLES:
+        one = visit()
+        one.set()
+        one.page.get_by_text(words("en")[title]).click()
+        question = words("en")[text] if text else None
+        reply = model.ask(question, [CLIPS / clip for clip in clips], **SHORT)
+        assert shown(one.answered(1)) == shown(reply.text)
+        one.context.close()
