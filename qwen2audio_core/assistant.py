@@ -381,7 +381,9 @@ def fits_packed(model: Qwen2Audio) -> bool:
 
 def find(model: str, weights: bool = True) -> Path:
     """The folder of a checkpoint by hub id, folder or "tiny"; `weights` as in hub.find."""
-    return tiny.folder() if model == "tiny" else hub.find(model, weights=weights)
+    if model in ("tiny", "random"):
+        return tiny.folder()
+    return hub.find(model, weights=weights)
 
 
 def pick_scheme(quantize: str | Scheme | None) -> Scheme | None:

@@ -25,8 +25,10 @@ def load(
 
     from qwen2audio_core import assistant
 
-    if model == "tiny":
-        note("tiny is a small random model: it shows that everything runs, its words mean nothing")
+    if model in ("tiny", "random"):
+        note(
+            f"{model} is a small random model: it shows that everything runs, its words mean nothing"
+        )
     kind = None if dtype is None else getattr(torch, dtype)
     return assistant.load(model, device, kind, pack=False if no_pack else None, quantize=quantize)
 

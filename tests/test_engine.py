@@ -42,13 +42,13 @@ def one_thread():
 def assistant(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    yield load("tiny", device="cpu")
+    yield load("random", device="cpu")
     patch.undo()
 
 
 def fresh(dtype=torch.float32):
     """A model of its own, to be packed, quantised or broken."""
-    return load("tiny", device="cpu", dtype=dtype).model
+    return load("random", device="cpu", dtype=dtype).model
 
 
 def noise(seed, seconds):
@@ -963,7 +963,7 @@ def test_int8_cache_is_half_the_memory_and_close(assistant):
 
 
 def test_a_quantised_model_answers_as_it_does_without_the_engine():
-    assistant = load("tiny", device="cpu")
+    assistant = load("random", device="cpu")
     quantize.quantize(assistant.model, 8)
     prompts = mixed(assistant, 3)
     settings = Settings(max_new_tokens=8, eos_token_ids=())
