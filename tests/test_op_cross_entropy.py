@@ -1,6 +1,8 @@
 """Fused linear and cross entropy against the plain op, by the three-way rule."""
 
+from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -32,15 +34,60 @@ def case(P: int, V: int, D: int) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several slices of rows and of words, the last of them short."""
-    monkeypatch.setattr(FILE, "SLICE_BYTES", 9000)
+def slices_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """slices_for(P, V): at most three eighths of the rows and of the words at a time, or 16 rows.
+
+    Real slices have 128 rows or more. With few or odd numbers of rows MKL adds up a long sum one
+    product after another, five times less exactly than for 16, so a large V goes with P > 16.
+    """
+
+    def cut(P: int, V: int) -> None:
+        monkeypatch.setattr(FILE, "SLICE_BYTES", int(4 * V * (16 if P > 16 else 3 * P / 8)))
+
+    return cut
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("P", "V", "D"), [(1, 7, 5), (33, 127, 64), (10, 1000, 31), (3, 4500, 16)])
-def test_cross_entropy(P: int, V: int, D: int, dtype: torch.dtype, small_slices: None) -> None:
+@pytest.mark.parametrize(
+    ("P", "V", "D"), [(1, 7, 5), (33, 127, 64), (24, 1000, 31), (24, 4500, 16)]
+)
+def test_cross_entropy(
+    P: int, V: int, D: int, dtype: torch.dtype, slices_for: Callable[[int, int], None]
+) -> None:
+    slices_for(P, V)
     three_way(kernels.cross_entropy, ops.cross_entropy, dtype, case(P, V, D))
+
+
+def test_a_certain_word_whose_logit_is_rounded_twice(
+    slices_for: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the second product rounds a logit otherwise, a word of probability 1 keeps it.
+
+    The logits of backward are made one unit in the last place larger, as another order of summing
+    would make some of them.
+    """
+    P, V, D = 16, 64, 8
+    slices_for(P, V)
+    x = draw(P, D).bfloat16()
+    x[:, 0] = 8.0
+    weight = (draw(V, D, seed=1) * 0.01).bfloat16()
+    weight[11, 0] = 2.0  # its logit is about 16, every other one about 0
+    labels = torch.full((P,), 11, device=DEVICE)
+    make_gradient = FILE._to_gradient
+
+    def nudged(logits: Tensor, *rest: Any) -> None:
+        if logits.shape[1] < V:  # of backward
+            logits.mul_(1 + 2**-7)
+        make_gradient(logits, *rest)
+
+    monkeypatch.setattr(FILE, "_to_gradient", nudged)
+    found = {}
+    for name, function in (("kernel", kernels.cross_entropy), ("plain", ops.cross_entropy)):
+        leaf = weight.clone().requires_grad_()
+        function(x, leaf, labels).backward()
+        found[name] = leaf.grad[11, 0].float().item()  # e of word 11, times 8
+    assert abs(found["plain"]) < 1e-3
+    assert abs(found["kernel"]) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -63,7 +110,10 @@ def test_closed_form() -> None:
 
 
 @pytest.mark.parametrize("ignore_index", [0, 5, -1])
-def test_ignore_index_and_int32_labels(ignore_index: int, small_slices: None) -> None:
+def test_ignore_index_and_int32_labels(
+    ignore_index: int, slices_for: Callable[[int, int], None]
+) -> None:
+    slices_for(12, 40)
     inputs = case(12, 40, 8)
     inputs["labels"] = (
         (torch.arange(12, dtype=torch.int32) % 7 - 1).clamp(min=ignore_index).to(DEVICE)
@@ -77,11 +127,13 @@ def test_ignore_index_and_int32_labels(ignore_index: int, small_slices: None) ->
 
 
 @pytest.mark.parametrize("gradients", [(), ("x",), ("weight",)])
-def test_frozen_parts(gradients: tuple[str, ...], small_slices: None) -> None:
+def test_frozen_parts(gradients: tuple[str, ...], slices_for: Callable[[int, int], None]) -> None:
+    slices_for(9, 200)
     three_way(kernels.cross_entropy, ops.cross_entropy, torch.float32, case(9, 200, 16), gradients)
 
 
-def test_strided_inputs(small_slices: None) -> None:
+def test_strided_inputs(slices_for: Callable[[int, int], None]) -> None:
+    slices_for(8, 50)
     inputs = case(8, 50, 12)
     inputs["labels"] = inputs["labels"].repeat_interleave(2)
     three_way(

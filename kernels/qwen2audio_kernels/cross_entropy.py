@@ -28,7 +28,10 @@ Roofline: the matrix products. The kernels read each logit once (loss), and read
 once more (gradient); at b = 2 that is 6 bytes against 4 D = 16,384 floating operations a logit.
 
 Rounding: logits and e are rounded to x's dtype between the passes, as in the plain version; e
-before it is scaled by 1 / count forward, so that float16 does not lose it.
+before it is scaled by 1 / count forward, so that float16 does not lose it. The second product of
+the logits, of another shape, may round otherwise than the first one, from which top and total are.
+A word that has nearly all of the probability would get it wrong by that whole step, where a softmax
+of one set of logits gets it right: so the winning word's logit is taken from the first product.
 
 Limits: weight and x of one dtype; a label outside 0 .. V-1 that is not ignore_index makes the
 loss NaN (raising would make the host wait for the device); differentiable once.
@@ -52,6 +55,7 @@ def cross_entropy_fwd_kernel(
     labels_ptr,  # (rows,)
     top_ptr,  # (rows,) float32
     total_ptr,  # (rows,) float32
+    winner_ptr,  # (rows,) int32, the word whose logit is top
     loss_ptr,  # (rows,) float32
     words,
     ignore_index,
@@ -63,15 +67,18 @@ def cross_entropy_fwd_kernel(
     columns = tl.arange(0, BLOCK)
     highest = tl.full((BLOCK,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
+    winner = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, words, BLOCK):
         inside = start + columns < words
         logits = tl.load(logits_ptr + start + columns, mask=inside, other=-float("inf"))
         logits = logits.to(tl.float32)
         higher = tl.maximum(highest, logits)
+        winner = tl.where(logits > highest, start + columns, winner)
         shift = tl.where(higher == -float("inf"), 0.0, higher)  # -inf - -inf is NaN
         total = total * tl.exp(highest - shift) + tl.exp(logits - shift)
         highest = higher
     top = tl.max(highest, axis=0)
+    winner = tl.min(tl.where(highest == top, winner, words), axis=0)
     total = tl.sum(total * tl.exp(highest - top), axis=0)
     label = tl.load(labels_ptr + row)
     known = (label >= 0) & (label < words)
@@ -80,6 +87,7 @@ def cross_entropy_fwd_kernel(
     # Two numbers, not top + log(total): its rounding would scale every probability of the row.
     tl.store(top_ptr + row, top)
     tl.store(total_ptr + row, total)
+    tl.store(winner_ptr + row, winner)
     tl.store(loss_ptr + row, tl.where(label == ignore_index, 0.0, loss))
 
 
@@ -89,6 +97,7 @@ def cross_entropy_bwd_kernel(
     labels_ptr,  # (rows,)
     top_ptr,  # (rows,) float32
     total_ptr,  # (rows,) float32
+    winner_ptr,  # (rows,) int32
     scale_ptr,  # () float32
     first_word,
     words,
@@ -101,8 +110,11 @@ def cross_entropy_bwd_kernel(
     logits_ptr += row * words
     logits = tl.load(logits_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     label = tl.load(labels_ptr + row)
-    e = tl.exp(logits - tl.load(top_ptr + row)) / tl.load(total_ptr + row)
-    e = tl.where(first_word + columns == label, e - 1.0, e) * tl.load(scale_ptr)
+    top = tl.load(top_ptr + row)
+    word = first_word + columns
+    logits = tl.where(word == tl.load(winner_ptr + row), top, logits)
+    e = tl.exp(logits - top) / tl.load(total_ptr + row)
+    e = tl.where(word == label, e - 1.0, e) * tl.load(scale_ptr)
     e = tl.where(label == ignore_index, 0.0, e)
     tl.store(logits_ptr + columns, e.to(logits_ptr.dtype.element_ty), mask=inside)
 
@@ -123,6 +135,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         labels = labels.contiguous()
         one = torch.ones((), dtype=torch.float32, device=x.device)
         top, total, losses = torch.empty(3, P, dtype=torch.float32, device=x.device)
+        winner = torch.empty(P, dtype=torch.int32, device=x.device)
         de = (
             torch.empty(x.shape, dtype=x.dtype, device=x.device)
             if ctx.needs_input_grad[0]
@@ -138,24 +151,26 @@ class CrossEntropyFunction(torch.autograd.Function):
                 labels[rows],
                 top[rows],
                 total[rows],
+                winner[rows],
                 losses[rows],
                 V,
                 ignore_index,
                 **settings,
             )
             if de is not None:
-                _to_gradient(logits, labels[rows], top[rows], total[rows], one, 0, ignore_index)
+                seen = labels[rows], top[rows], total[rows], winner[rows]
+                _to_gradient(logits, *seen, one, 0, ignore_index)
                 torch.mm(logits, weight, out=de[rows])
             del logits  # before the next is made
         count = (labels != ignore_index).sum().clamp(min=1)
-        ctx.save_for_backward(x, weight, labels, top, total, de, count)
+        ctx.save_for_backward(x, weight, labels, top, total, winner, de, count)
         ctx.ignore_index = ignore_index
         return losses.sum() / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        x, weight, labels, top, total, de, count = ctx.saved_tensors
+        x, weight, labels, top, total, winner, de, count = ctx.saved_tensors
         scale = (dloss / count).to(torch.float32)
         dx = None if de is None else (de.float() * scale).to(x.dtype)
         if not ctx.needs_input_grad[1]:
@@ -166,7 +181,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         for start in range(0, V, step):
             words = slice(start, min(start + step, V))
             logits = x @ weight[words].T
-            _to_gradient(logits, labels, top, total, scale, start, ctx.ignore_index)
+            _to_gradient(logits, labels, top, total, winner, scale, start, ctx.ignore_index)
             torch.mm(logits.T, x, out=dweight[words])
             del logits
         return dx, dweight, None, None
@@ -177,6 +192,7 @@ def _to_gradient(
     labels: Tensor,
     top: Tensor,
     total: Tensor,
+    winner: Tensor,
     scale: Tensor,
     first_word: int,
     ignore_index: int,
@@ -191,6 +207,7 @@ def _to_gradient(
         labels,
         top,
         total,
+        winner,
         scale,
         first_word,
         words,
