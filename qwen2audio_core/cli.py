@@ -4,6 +4,11 @@ Errors a person can cause are one line on stderr and exit code 2. Answers go to 
 else to stderr.
 """
 
+if __name__ == "__main__":  # python -m qwen2audio_core.cli is python -m qwen2audio_core
+    from runpy import run_module
+
+    run_module("qwen2audio_core", run_name="__main__")  # ends the process
+
 import json
 import os
 import sys
@@ -413,7 +418,3 @@ def main() -> NoReturn:
 def _fail(line: str) -> int:
     print("error: " + " ".join(line.split()), file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    main()

@@ -31,6 +31,7 @@ LAYERS = {
     **dict.fromkeys(("talk", "transcribe", "compare", "info", "quantize_command", "__init__"), 5),
     **dict.fromkeys(("training", "evaluation", "web", "serving", "inspect"), 5),
     "cli": 6,
+    "__main__": 7,
 }
 # The only imports between neighbours of one layer: (who, whom).
 SIDEWAYS = {

@@ -357,12 +357,48 @@ def test_ctrl_c_ends_with_one_line(question):
     assert err.strip().endswith("interrupted") and "Traceback" not in err
 
 
-def test_ctrl_c_while_loading(question):
-    process = start("ask", "--audio", question, "--max-new-tokens", 8000)
-    time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
+AT_IMPORT = """
+import os, signal, sys
+
+class CtrlC:
+    def find_spec(name, path=None, target=None):
+        if name == os.environ["CTRL_C_AT"]:
+            sys.meta_path.remove(CtrlC)
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, CtrlC)
+"""
+
+
+@pytest.mark.parametrize("entry", ["qwen2audio_core", "qwen2audio_core.cli"])
+@pytest.mark.parametrize(
+    "module", ["typer", "qwen2audio_core.terminal", "torch", "qwen2audio_core.assistant"]
+)
+def test_ctrl_c_while_a_module_is_imported(entry, module, question, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(AT_IMPORT)  # Python runs it before the module
+    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, "-m", entry, "ask", "--audio", question, "--max-new-tokens", "1"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "CTRL_C_AT": module},
+    )
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "interrupted")
+
+
+def test_ctrl_c_is_ignored_where_it_was(question, tmp_path):
+    """As under nohup: whoever starts us with SIGINT ignored does not want it to end us."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + AT_IMPORT
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, "-m", "qwen2audio_core", "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "CTRL_C_AT": "typer"},
+    )
+    assert done.returncode == 0 and "Qwen2-Audio in plain PyTorch" in done.stdout
 
 
 def test_a_reader_that_leaves(question):
