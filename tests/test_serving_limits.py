@@ -235,6 +235,26 @@ def test_content_types_and_paths(server):
     assert server.metric('qwen2audio_requests_total{endpoint="other",status="404"}') >= 2
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": "\ud800"},
+        {"\ud800": 1},
+        {"seed": "\ud800"},
+        {"messages": [{"role": "user", "content": "\ud800"}]},
+        {"messages": [{"role": "user", "content": [linked("http://\ud800.test/")]}]},
+        {"messages": [{"role": "user", "content": [linked("file:///\ud800")]}]},
+        {"messages": [{"role": "user", "content": [spoken(b"") | {"type": "\ud800"}]}]},
+    ],
+)
+def test_half_a_surrogate_pair_anywhere(server, fields):
+    """Python's JSON takes it, and nothing can write it back."""
+    content = json.dumps(TURN | fields)
+    kind = {"Content-Type": "application/json"}
+    answer = server.http.post("/v1/chat/completions", content=content, headers=kind)
+    refused(answer, 404 if "model" in fields else 400)
+
+
 def test_more_open_requests_than_allowed(assistant):
     with live(assistant, open_requests=2) as server, slowly(server):
         held = [open_request(server, TURN | LONG) for _ in range(2)]

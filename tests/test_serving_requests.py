@@ -148,6 +148,8 @@ def test_another_model():
         (b"", "not JSON"),
         (b"{", "not JSON"),
         (b"\xff\xfe{}", "not JSON"),
+        (b"\xff" * 4, "not JSON"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "not JSON"),
         (b"[" * 100_000, "nested too deeply"),
         (b"[]", "a JSON list"),
         (b'"text"', "a JSON str"),

@@ -37,9 +37,9 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ):
-        super().__init__(message)
+        super().__init__(_writable(message))
         self.status = status
-        self.param = param
+        self.param = None if param is None else _writable(param)
         self.code = code
         self.headers = dict(headers or {})
 
@@ -48,6 +48,11 @@ class ApiError(Exception):
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else TYPES[400])
         content = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         return {"error": content}
+
+
+def _writable(text: str) -> str:
+    """JSON can hold half a surrogate pair, and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def problem(error: Exception) -> ApiError:

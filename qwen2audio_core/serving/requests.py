@@ -263,9 +263,9 @@ def _converted(given: Mapping[str, Any], name: str, kind: type) -> Any:
 def _object(body: bytes) -> dict[str, Any]:
     try:
         content = json.loads(body)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError among them
-        why = str(error) if isinstance(error, json.JSONDecodeError) else "it is not UTF-8 text"
-        why = "it is nested too deeply" if isinstance(error, RecursionError) else why
+    except (ValueError, RecursionError) as error:
+        known = {RecursionError: "it is nested too deeply", UnicodeDecodeError: "it is not UTF-8"}
+        why = known.get(type(error), str(error))
         raise ApiError(400, f"the body is not JSON: {why}") from error
     if not isinstance(content, dict):
         raise ApiError(400, f"the body is a JSON {type(content).__name__}, expected an object")
