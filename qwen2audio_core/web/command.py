@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from qwen2audio_core.errors import InputError
-from qwen2audio_core.options import Device, Dtype, Model, NoPack
+from qwen2audio_core.options import Device, Dtype, Model, NoPack, Quantize
 from qwen2audio_core.terminal import load, note
 
 
@@ -38,6 +38,7 @@ def demo(
     device: Device = None,
     dtype: Dtype = None,
     no_pack: NoPack = False,
+    quantize: Quantize = None,
 ) -> None:
     """Talk to the model in a browser: microphone, uploads, and a look inside its answers.
 
@@ -57,7 +58,7 @@ def demo(
     server.free_port(host, port)  # before the model is loaded
     for warning in server.warnings(host, share == "on", password):
         note(f"warning: {warning}")
-    assistant = load(model, device, dtype, no_pack)
+    assistant = load(model, device, dtype, no_pack, quantize)
     limits = Limits(upload_bytes=max_megabytes * 2**20, seconds=max_seconds)
     over = threading.Event()
     for end in (signal.SIGINT, signal.SIGTERM):
