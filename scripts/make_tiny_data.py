@@ -12,10 +12,10 @@
     test.jsonl      both forms; voices, a speech engine, sentences, speeds and noise levels that the
                     training never has
     texts.txt       every prompt and answer of the training, for the tokenizer
+    phones.jsonl    {"audio", "phones", "end"}: which sound of speech is heard when in the clips of
+                    pretrain.jsonl that are one utterance of espeak-ng, for `train --sounds`
 
-Every row also has "task", "subtask", "language", "set" and "seconds" (of all its clips), a row of
-pretrain.jsonl whose clip is one utterance of espeak-ng "sounds", [[name, start in s], ...] of each
-sound of speech, a pause being "": an auxiliary loss teaches the encoder to hear them. Paths are
+Every row also has "task", "subtask", "language", "set" and "seconds" (of all its clips). Paths are
 relative to DIR. A run that was broken off goes on where it stopped. The same seed makes the same
 data. Needs espeak-ng and flite.
 """
@@ -79,7 +79,7 @@ def make_chunk(job: Job) -> tuple[int, float]:
             seconds += len(waveform) / RATE
         written = as_written(row, paths, seconds)
         if heard and len(paths) == 1 and stage == "pretrain":
-            written["sounds"] = heard
+            written["phones"] = [[name or "_", start] for name, start in heard]
         lines.append(json.dumps(written, ensure_ascii=False))
         total += seconds
     text = "\n".join(lines) + "\n"
@@ -163,10 +163,18 @@ def make(out: Path, stage: str, rows: int, seed: int, workers: int, hours: float
         print()
     tasks_made: Counter[str] = Counter()
     new = final.with_suffix(".jsonl.part")
+    heard = []
     with new.open("w", encoding="utf-8") as file:
         for path in filter(Path.exists, map(part_of, jobs)):
-            file.write(path.read_text(encoding="utf-8"))
-            tasks_made.update(row["task"] for row in read(path))
+            for row in read(path):
+                tasks_made[row["task"]] += 1
+                phones = row.pop("phones", None)
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                if phones:
+                    about = {"audio": row["audio"], "phones": phones, "end": phones[-1][1]}
+                    heard.append(json.dumps(about, ensure_ascii=False) + "\n")
+    if heard:
+        (out / "phones.jsonl").write_text("".join(heard), encoding="utf-8")
     new.rename(final)
     if stage == "valid":
         rows_of = {"pretrain": "prompt", "sft": "messages"}
