@@ -1,15 +1,17 @@
-"""A run's state on disk: weights, optimizer, and how far the run had come.
+"""A run's state on disk: what is trained, the optimizer, and how far the run had come.
 
-    out/checkpoint-00000500/    state/         tensors in float32, one file a process
+    out/checkpoint-00000500/    state/         tensors, one file a process
                                 progress.json  step, epoch, seconds, ...
 
 A checkpoint is written beside its place and renamed when it is complete, so whatever has the name
-is whole, and a run that is killed while it saves goes on from the one before.
+is whole, and a run that is killed while it saves goes on from the one before. The tensors do not
+depend on the number of processes: save on two, go on with one.
 """
 
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from qwen2audio_core.errors import CheckpointError
+from qwen2audio_core.training.parallel import Group
 
-_OPTIONS = StateDictOptions(ignore_frozen_params=True)
+_FAILURES = (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException)
 
 
 def save(
@@ -33,6 +36,7 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     keep: int,
+    group: Group,
 ) -> Path:
     """Write out/checkpoint-STEP and remove all but the newest `keep`.
 
@@ -41,23 +45,31 @@ def save(
     """
     place = out / f"checkpoint-{progress['step']:08}"
     part = out / f".{place.name}.part"
-    weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
-    state = {"model": weights, "optimizer": moments, "random": torch.get_rng_state()}
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(part / "state"), no_dist=True)
-        (part / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(part, place)
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        if group.first:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        group.wait()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(
+                _state(model, optimizer),
+                storage_writer=dcp.FileSystemWriter(part / "state"),
+                no_dist=group.world == 1,
+            )
+        if group.first:
+            (part / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+            shutil.rmtree(place, ignore_errors=True)
+            os.replace(part, place)
+            for old in checkpoints(out)[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
+    except _FAILURES as error:
         shutil.rmtree(part, ignore_errors=True)
         raise CheckpointError(
-            f"{place}: cannot write it ({str(error).strip().splitlines()[-1]}); the checkpoints"
-            " before it are whole: free space and run the same command to go on"
+            f"{place}: cannot write it ({_reason(error)}); the checkpoints before it are whole:"
+            " free space and give the same command to go on"
         ) from error
-    for old in checkpoints(out)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    group.wait()
     return place
 
 
@@ -66,26 +78,49 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoint-????????"))
 
 
-def load(place: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put a checkpoint's state into the model and the optimizer; returns its progress."""
-    weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
-    state: dict[str, Any] = {
-        "model": weights,
-        "optimizer": moments,
-        "random": torch.get_rng_state(),
-    }
+def read_progress(place: Path) -> dict[str, Any]:
     try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(place / "state"), no_dist=True)
         progress: dict[str, Any] = json.loads((place / "progress.json").read_text("utf-8"))
-    except (OSError, ValueError, RuntimeError, dcp.api.CheckpointException) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise CheckpointError(f"{place}: does not fit this run ({reason})") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{place}: broken ({error}); remove it to go on without") from error
+    return progress
+
+
+def load(place: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group) -> None:
+    """Put a checkpoint's state into the model and the optimizer."""
+    state = _state(model, optimizer)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(
+                state,
+                storage_reader=dcp.FileSystemReader(place / "state"),
+                no_dist=group.world == 1,
+            )
+    except _FAILURES as error:
+        raise CheckpointError(f"{place}: does not fit this run ({_reason(error)})") from error
     set_state_dict(
         model,
         optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
-        options=StateDictOptions(ignore_frozen_params=True, strict=False),
+        options=StateDictOptions(strict=False),
     )
-    torch.set_rng_state(state["random"])
-    return progress
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    weights, moments = get_state_dict(
+        model, optimizer, options=StateDictOptions(ignore_frozen_params=True)
+    )
+    return {"model": weights, "optimizer": moments}
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, in one line: what the library wraps it in runs over pages."""
+    failures = getattr(error, "failures", None)  # of several processes
+    if failures:
+        first = next(iter(failures.values()))
+        error = first[0] if isinstance(first, tuple) else first
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -1,49 +1,118 @@
 """The command `qwen2audio train`."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from qwen2audio_core.options import Device
+
 
 def train(
-    data: Annotated[list[str], typer.Argument(help="Rows to learn from, jsonl files.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="Folder or hub id to begin with.")],
-    out: Annotated[str, typer.Option("--out", "-o", help="Folder of the run.")],
-    valid: Annotated[str | None, typer.Option(help="Rows to measure on, a jsonl file.")] = None,
+    data: Annotated[
+        list[str],
+        typer.Argument(metavar="DATA...", help="jsonl files; a.jsonl@2 counts twice."),
+    ],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Hub id or checkpoint folder to begin with.")
+    ] = "Qwen/Qwen2-Audio-7B-Instruct",
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder of the run.")] = "run",
+    stage: Annotated[
+        Literal["pretrain", "sft", "dpo"],
+        typer.Option(help="dpo learns from better and worse answers; the others from answers."),
+    ] = "sft",
+    valid: Annotated[str | None, typer.Option(help="jsonl to measure on meanwhile.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Read every row, print what the data is, and end.")
+    ] = False,
+    show: Annotated[
+        int, typer.Option(help="Print so many rows, token by token: what is trained on. And end.")
+    ] = 0,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Count the memory this run would need, and end.")
+    ] = False,
     steps: Annotated[int | None, typer.Option(help="End after so many steps.")] = None,
     minutes: Annotated[float | None, typer.Option(help="End after so many minutes.")] = None,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-4,
     warmup: Annotated[int, typer.Option(help="Steps until it is reached.")] = 100,
     floor: Annotated[float, typer.Option(help="Rate at the end, as a part of the highest.")] = 0.0,
-    weight_decay: float = 0.01,
+    weight_decay: Annotated[float, typer.Option(help="Of all matrices.")] = 0.01,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
-    batch_seconds: Annotated[float, typer.Option(help="Audio in a batch.")] = 96.0,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch.")] = 8192,
-    accumulate: Annotated[int, typer.Option(help="Batches in a step.")] = 1,
-    short_first: Annotated[int, typer.Option(help="Batches to take in order of length.")] = 0,
-    ctc_weight: Annotated[float, typer.Option(help="Of the auxiliary loss on the encoder.")] = 0.0,
-    ctc_until: Annotated[float, typer.Option(help="Part of the run where it ends.")] = 1.0,
-    spec_augment: Annotated[
-        bool, typer.Option("--spec-augment", help="Mask the log-mels.")
+    batch_seconds: Annotated[float, typer.Option(help="Audio in a batch, padding counted.")] = 96.0,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch, padding counted.")] = 8192,
+    accumulate: Annotated[int, typer.Option(help="Batches in a step, of each process.")] = 1,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train adapters alone; the result is in PEFT's format.")
     ] = False,
+    rank: Annotated[int, typer.Option(help="Of the adapters.")] = 8,
+    alpha: Annotated[float, typer.Option(help="The adapters are scaled by alpha / rank.")] = 16.0,
+    dropout: Annotated[float, typer.Option(help="Of the adapters' input.")] = 0.0,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Linear layers to adapt, module paths with *; default: the LLM's."),
+    ] = None,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(help='Parameters to leave as they are, with *: "audio_tower.*".'),
+    ] = None,
+    beta: Annotated[float, typer.Option(help="dpo: how dear it is to leave the start.")] = 0.1,
+    dpo_sft: Annotated[
+        float, typer.Option(help="dpo: weight of the better answers' own loss beside it.")
+    ] = 0.0,
+    ctc_weight: Annotated[
+        float, typer.Option(help="Auxiliary loss on the encoder, for rows named asr...")
+    ] = 0.0,
+    ctc_until: Annotated[float, typer.Option(help="Part of the run where it has sunk to 0.")] = 1.0,
+    short_first: Annotated[int, typer.Option(help="So many batches in order of length.")] = 0,
+    spec_augment: Annotated[
+        bool, typer.Option("--spec-augment", help="Mask bands and stretches of the log-mels.")
+    ] = False,
+    noise: Annotated[float, typer.Option(help="Part of the clips to add noise to.")] = 0.0,
+    speed: Annotated[float, typer.Option(help="Play clips faster or slower, 0.1: to 10 %.")] = 0.0,
+    workers: Annotated[int, typer.Option(help="Processes that prepare batches.")] = 0,
     float32: Annotated[bool, typer.Option("--float32", help="No bfloat16 arithmetic.")] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Activation checkpointing: less memory, slower.")
+    ] = False,
+    device: Device = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
     keep: Annotated[int, typer.Option(help="Checkpoints to keep.")] = 2,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 500,
-    eval_rows: int = 256,
+    eval_rows: Annotated[int, typer.Option(help="Rows to measure on.")] = 256,
     samples: Annotated[int, typer.Option(help="Answers to write at an evaluation.")] = 64,
-    seed: int = 0,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Curves in OUT/tensorboard as well.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
 ) -> None:
-    """Train on rows of audio and text. The same command goes on where a run was stopped."""
-    from qwen2audio_core.errors import InputError
-    from qwen2audio_core.training import loop
+    """Train on rows of audio and text, in the forms of ms-swift, LLaMA-Factory or the paper's.
 
-    if steps is None and minutes is None:
-        raise InputError("say when the run ends: --steps or --minutes")
+    A run that was stopped goes on when the same command is given again. Several GPUs: the same
+    command behind `torchrun --nproc-per-node N -m qwen2audio_core.cli`.
+
+    Examples:
+
+        qwen2audio train data.jsonl --check
+
+        qwen2audio train data.jsonl --lora --steps 1000 --out run
+
+        qwen2audio train pairs.jsonl --stage dpo --lora --steps 200 --out preference
+    """
+    from qwen2audio_core.errors import InputError
+    from qwen2audio_core.training import data as rows
+    from qwen2audio_core.training import inspect, loop
+    from qwen2audio_core.training import lora as adapters
+
+    if lora:
+        adapter = adapters.Settings(
+            rank, alpha, dropout, tuple(target) if target else adapters.LANGUAGE_MODEL
+        )
+    elif target:
+        raise InputError("--target names layers to adapt: give --lora with it")
     settings = loop.Settings(
         model=model,
         data=data,
         out=out,
+        stage=stage,
         valid=valid,
         steps=steps,
         minutes=minutes,
@@ -56,15 +125,33 @@ def train(
         batch_tokens=batch_tokens,
         accumulate=accumulate,
         short_first=short_first,
+        augment=rows.Augment(speed, noise, spec_augment),
+        workers=workers,
+        seed=seed,
+        adapter=adapter if lora else None,
+        freeze=tuple(freeze or ()),
         ctc_weight=ctc_weight,
         ctc_until=ctc_until,
-        masking=spec_augment,
+        dpo_beta=beta,
+        dpo_sft=dpo_sft,
         bf16=not float32,
+        recompute=recompute,
+        device=device,
         save_every=save_every,
         keep=keep,
         eval_every=eval_every,
         eval_rows=eval_rows,
         samples=samples,
-        seed=seed,
+        tensorboard=tensorboard,
     )
+    if check or show or memory:
+        if memory:
+            typer.echo(inspect.memory(settings))
+        if check:
+            typer.echo(inspect.statistics(settings))
+        if show:
+            typer.echo(inspect.masks(settings, show))
+        return
+    if steps is None and minutes is None:
+        raise InputError("say when the run ends: --steps or --minutes")
     typer.echo(loop.train(settings))

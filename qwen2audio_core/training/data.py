@@ -3,25 +3,31 @@
     file --scan--> index of rows --plan--> batches of row numbers --encode, collate--> Batch
 
 Only the index is in memory: where each line begins, how many seconds and characters it holds. Rows
-are read when their batch is due. Which rows form which batch follows from the seed and the epoch
-alone, so a resumed run meets the same batches.
+are read when their batch is due. Which rows form which batch, and every random change to them,
+follows from the seed, the epoch and the batch's number alone, so a resumed run meets the same
+batches, whatever the number of processes that prepare them.
 
-Two forms of a row:
+A row may have any of these forms:
 
     {"audio": "a.wav", "prompt": "Recognize the speech: <|en|>", "gt": "hello", "source": "asr_en"}
-        as the published evaluation files: the clip, the prompt without any markup, the answer, and
+        the published evaluation files: the clip, the prompt without any markup, the answer, and
         <|endoftext|>. Trained on: answer and end.
     {"messages": [{"role": "user", "content": "<audio>What is it?"}, ...], "audios": ["a.wav"]}
-        as ms-swift: the chat template. Trained on: each assistant's turn with its <|im_end|>.
+        ms-swift, LLaMA-Factory (openai style): the chat template. Trained on: each assistant's
+        turn with its <|im_end|>.
+    {"conversations": [{"from": "human", "value": "<audio>What is it?"}, ...], "audios": ["a.wav"]}
+        LLaMA-Factory (sharegpt style): the same.
+    ... "rejected_response": "no"                    a worse last turn, for preference (ms-swift)
+    ... "chosen": {turn}, "rejected": {turn}         the last turn twice (LLaMA-Factory)
 
 Paths are relative to the jsonl file. "seconds" (of all clips) may stand in a row and saves opening
-the clip while the index is made.
+the clip while the index is made; "source" or "task" names where a row comes from.
 """
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,8 +42,10 @@ from qwen2audio_core.frontend import SAMPLE_RATE, clip_lengths, log_mel
 from qwen2audio_core.tokenizer import Tokenizer
 from qwen2audio_core.training.losses import IGNORE
 
-PLACEHOLDER = "<audio>"  # a clip's place in a message, as ms-swift and LLaMA-Factory write it
+PLACEHOLDER = "<audio>"  # a clip's place in a message
 TAGS = re.compile(r"<\|[^|]*\|>")
+SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}  # sharegpt's names
+SHAPES = '{"audio", "prompt", "gt"}, {"messages", "audios"} or {"conversations", "audios"}'
 
 
 @dataclass(frozen=True)
@@ -45,9 +53,10 @@ class Row:
     """One line, whatever its form."""
 
     clips: list[str]
-    messages: list[dict[str, Any]]  # empty for the official form
+    messages: list[dict[str, str]]  # empty for the official form
     prompt: str
     answer: str  # of the official form
+    rejected: str | None  # what the last answer should not be
     source: str  # which task and set it comes from; "asr_en" and its like are transcripts
     seconds: float | None
     where: str  # file:line
@@ -74,11 +83,16 @@ class Example:
     answers: list[tuple[int, int]]  # spans of ids that are trained on
     clips: list[Tensor]  # waveforms (N,)
     row: Row
+    rejected: list[int] | None = None  # ids with the worse last answer, from answers[-1][0] on
 
 
 @dataclass
 class Batch:
-    """Examples of unequal lengths, padded at the right: then no attention needs a mask."""
+    """Examples of unequal lengths, padded at the right: then no attention needs a mask.
+
+    With pairs, rows 0 .. B/2 - 1 end in the better answers and the other half, in the same order,
+    in the worse ones. The clips are there once.
+    """
 
     ids: Tensor  # (B, T)
     labels: Tensor  # (B, T)  ids, IGNORE where nothing is trained
@@ -87,57 +101,119 @@ class Batch:
     seconds: float  # of audio
     tokens: int  # without padding
     spoken: list[tuple[int, str]] = field(default_factory=list)  # clip of the batch, its transcript
+    pairs: int = 0
+    bad: list[str] = field(default_factory=list)  # rows that could not be read, file:line: why
 
     @property
     def supervised(self) -> int:
         """Positions that are trained on."""
         return int((self.labels[:, 1:] != IGNORE).sum())
 
+    def to(self, device: str | torch.device) -> "Batch":
+        for name in ("ids", "labels", "mel", "conv_frames"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, tensor.to(device, non_blocking=True))
+        return self
+
+
+# Lines to rows
+
 
 def parse(raw: Any, where: str, folder: Path) -> Row:
     """A line's content to a row. InputError names what is wrong with it."""
     if not isinstance(raw, dict):
         raise InputError(f"{where}: a {type(raw).__name__}, expected an object")
-    source = _text(raw, "source", where, raw.get("task", ""))
+    source = _text(raw, "source", where, raw.get("task") or "")
     seconds = raw.get("seconds")
-    if seconds is not None and (not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e6):
-        raise InputError(f"{where}: seconds is {seconds!r}, expected a number")
-    if "messages" in raw:
-        clips = raw.get("audios") or []
-        if isinstance(clips, str):
-            clips = [clips]
-        if not isinstance(clips, list) or not all(isinstance(clip, str) for clip in clips):
-            raise InputError(f"{where}: audios must be a list of files")
-        messages = raw["messages"]
-        if not isinstance(messages, list) or not messages:
-            raise InputError(f"{where}: messages must be a list of turns")
-        for message in messages:
-            if not isinstance(message, dict) or message.get("role") not in chat.ROLES:
-                raise InputError(f"{where}: a turn needs a role, one of {', '.join(chat.ROLES)}")
-            _text(message, "content", where)
+    if seconds is not None and (
+        not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds < 1e6
+    ):
+        raise InputError(f"{where}: seconds is {seconds!r}, expected a number above 0")
+    if "messages" in raw or "conversations" in raw:
+        messages, rejected = _conversation(raw, where)
+        clips = _clips(raw, where, folder)
         places = sum(message["content"].count(PLACEHOLDER) for message in messages)
         if places != len(clips):
-            raise InputError(f"{where}: {places} times {PLACEHOLDER} for {len(clips)} audios")
-        if messages[-1]["role"] != "assistant":
-            raise InputError(f"{where}: the last turn is not the assistant's, nothing to learn")
-        return Row(
-            [_path(clip, folder) for clip in clips], messages, "", "", source, seconds, where
-        )
+            raise InputError(
+                f"{where}: {places} {PLACEHOLDER} in the turns for {len(clips)} audios"
+            )
+        return Row(clips, messages, "", "", rejected, source, seconds, where)
     if "gt" in raw:
         clips = [_path(_text(raw, "audio", where), folder)] if raw.get("audio") else []
         prompt, answer = _text(raw, "prompt", where), _text(raw, "gt", where)
         if not answer:
-            raise InputError(f"{where}: gt is empty, nothing to learn")
-        return Row(clips, [], prompt, answer, source, seconds, where)
+            raise InputError(f"{where}: gt is empty, there is nothing to learn")
+        if not clips and not prompt:
+            raise InputError(f"{where}: neither audio nor prompt, there is nothing to answer")
+        rejected = _text(raw, "rejected", where) if raw.get("rejected") is not None else None
+        return Row(clips, [], prompt, answer, rejected, source, seconds, where)
     raise InputError(
-        f"{where}: neither messages nor gt; expected audio, prompt, gt or messages, audios"
+        f"{where}: unknown form, found {', '.join(raw) or 'nothing'}; expected {SHAPES}"
     )
+
+
+def _conversation(raw: dict[str, Any], where: str) -> tuple[list[dict[str, str]], str | None]:
+    """The turns, and the worse last answer."""
+    key = "messages" if "messages" in raw else "conversations"
+    turns = raw[key]
+    if not isinstance(turns, list) or not turns:
+        raise InputError(f"{where}: {key} must be a list of turns")
+    messages = [_turn(turn, f"{where}: {key}[{i}]") for i, turn in enumerate(turns)]
+    system = raw.get("system")
+    if isinstance(system, str) and system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    rejected = None
+    if raw.get("rejected_response") is not None:
+        rejected = _text(raw, "rejected_response", where)
+    elif raw.get("rejected") is not None:
+        worse = raw["rejected"]
+        rejected = worse if isinstance(worse, str) else _answer(worse, f"{where}: rejected")
+    if raw.get("chosen") is not None:
+        better = raw["chosen"]
+        text = better if isinstance(better, str) else _answer(better, f"{where}: chosen")
+        messages.append({"role": "assistant", "content": text})
+    if messages[-1]["role"] != "assistant":
+        raise InputError(
+            f"{where}: the last turn is not the assistant's, there is nothing to learn"
+        )
+    if not all(turn["content"] for turn in messages if turn["role"] == "assistant"):
+        raise InputError(f"{where}: an assistant's turn is empty, there is nothing to learn")
+    return messages, rejected
+
+
+def _answer(turn: Any, where: str) -> str:
+    message = _turn(turn, where)
+    if message["role"] != "assistant":
+        raise InputError(f"{where}: the turn is the {message['role']}'s, not the assistant's")
+    return message["content"]
+
+
+def _turn(turn: Any, where: str) -> dict[str, str]:
+    if not isinstance(turn, dict):
+        raise InputError(f"{where} is a {type(turn).__name__}, expected an object")
+    role = turn.get("role", turn.get("from"))
+    role = SPEAKERS.get(role, role) if isinstance(role, str) else role
+    if role not in chat.ROLES:
+        raise InputError(f"{where}: role is {role!r}, expected one of {', '.join(chat.ROLES)}")
+    return {
+        "role": role,
+        "content": _text(turn, "content" if "content" in turn else "value", where),
+    }
+
+
+def _clips(raw: dict[str, Any], where: str, folder: Path) -> list[str]:
+    clips = raw.get("audios", raw.get("audio")) or []
+    clips = [clips] if isinstance(clips, str) else clips
+    if not isinstance(clips, list) or not all(isinstance(clip, str) for clip in clips):
+        raise InputError(f"{where}: audios must be a list of files")
+    return [_path(clip, folder) for clip in clips]
 
 
 def _text(raw: dict[str, Any], key: str, where: str, default: Any = None) -> str:
     value = raw.get(key, default)
     if not isinstance(value, str):
-        raise InputError(f"{where}: {key} is {value!r}, expected a text")
+        raise InputError(f"{where}: {key} is {'missing' if value is None else repr(value)[:40]}")
     return value
 
 
@@ -145,87 +221,116 @@ def _path(clip: str, folder: Path) -> str:
     return clip if "://" in clip or clip.startswith("data:") else str(folder / clip)
 
 
-def encode(row: Row, tokenizer: Tokenizer) -> Example:
-    """Tokenize a row and read its clips. InputError for a clip that cannot be read."""
+# Rows to examples
+
+Change = Callable[[Tensor], Tensor]  # waveform (N,) to another
+
+
+def encode(
+    row: Row, tokenizer: Tokenizer, *, limit: int | None = None, change: Change | None = None
+) -> Example:
+    """Tokenize a row and read its clips.
+
+    limit   longest row in tokens, the model's context
+    change  applied to every waveform
+    errors  InputError, naming file and line, for a clip that cannot be read or a row too long
+    """
     try:
-        if row.messages:
-            clips = iter(row.clips)
-            turns = [
-                {"role": turn["role"], "content": list(_items(turn["content"], clips))}
-                for turn in row.messages
-            ]
-            prompt = chat.encode(turns, tokenizer, add_generation_prompt=False, long="error")
-            return Example(prompt.ids, prompt.answers, prompt.clips, row)
-        waveforms = [_clip(clip) for clip in row.clips]
-        ids: list[int] = []
-        for waveform in waveforms:
-            places = clip_lengths(len(waveform)).audio_tokens
-            ids += [tokenizer.id_of(AUDIO_BOS), *[tokenizer.id_of(AUDIO)] * places]
-            ids.append(tokenizer.id_of(AUDIO_EOS))
-        ids += tokenizer.encode(row.prompt, special=True)
-        begin = len(ids)
-        ids += tokenizer.encode(row.answer, special=True)
-        ids.append(tokenizer.id_of("<|endoftext|>"))
-        return Example(ids, [(begin, len(ids))], waveforms, row)
+        clips = [_clip(clip, change) for clip in row.clips]
+        example = _chat(row, clips, tokenizer) if row.messages else _raw(row, clips, tokenizer)
+        longest = max(len(example.ids), len(example.rejected or ()))
+        if limit is not None and longest > limit:
+            raise InputError(f"{longest} tokens, the model's context holds {limit}")
+        return example
     except InputError as error:
-        raise type(error)(f"{row.where}: {error}") from error
+        raise InputError(f"{row.where}: {error}") from error
 
 
-def _items(content: str, clips: Iterator[str]) -> Iterator[str | dict[str, str]]:
+def _raw(row: Row, clips: list[Tensor], tokenizer: Tokenizer) -> Example:
+    ids: list[int] = []
+    for clip in clips:
+        places = clip_lengths(len(clip)).audio_tokens
+        ids += [tokenizer.id_of(AUDIO_BOS), *[tokenizer.id_of(AUDIO)] * places]
+        ids.append(tokenizer.id_of(AUDIO_EOS))
+    # Prompt and answer apart, as when the answer is generated behind the prompt.
+    ids += tokenizer.encode(row.prompt, special=True)
+    end = [tokenizer.id_of("<|endoftext|>")]
+    answer = tokenizer.encode(row.answer, special=True) + end
+    rejected = None
+    if row.rejected is not None:
+        rejected = ids + tokenizer.encode(row.rejected, special=True) + end
+    return Example(ids + answer, [(len(ids), len(ids + answer))], clips, row, rejected)
+
+
+def _chat(row: Row, clips: list[Tensor], tokenizer: Tokenizer) -> Example:
+    def written(messages: list[dict[str, str]]) -> chat.Prompt:
+        rest = iter(clips)
+        turns = [
+            {"role": turn["role"], "content": list(_items(turn["content"], rest))}
+            for turn in messages
+        ]
+        return chat.encode(turns, tokenizer, add_generation_prompt=False)
+
+    prompt, rejected = written(row.messages), None
+    if row.rejected is not None:
+        worse = written([*row.messages[:-1], {**row.messages[-1], "content": row.rejected}])
+        rejected = worse.ids[: worse.answers[-1][1]]
+    # Nothing behind the last <|im_end|> is ever read by the model or taught to it.
+    return Example(prompt.ids[: prompt.answers[-1][1]], prompt.answers, clips, row, rejected)
+
+
+def _items(content: str, clips: Iterator[Tensor]) -> Iterator[str | dict[str, Any]]:
     first, *others = content.split(PLACEHOLDER)
-    if first:
-        yield first
+    yield first
     for text in others:
-        yield {"type": "audio", "audio": next(clips)}
-        if text:
-            yield text
+        yield {"type": "audio", "audio": next(clips), "sampling_rate": SAMPLE_RATE}
+        yield text
 
 
-def _clip(source: str) -> Tensor:
-    (piece,) = audio.split(audio.load(source), "error", name=source)
+def _clip(source: str, change: Change | None) -> Tensor:
+    waveform = audio.load(source)
+    if change is not None:
+        waveform = change(waveform)
+    (piece,) = audio.split(waveform, "error", name=source)
     return piece.waveform
+
+
+# The index
 
 
 class Rows:
     """The index of one or several jsonl files.
 
-    bad  one line for each row that cannot be used, "file:line: why"
+    files  each a path, or "path@2.5": its rows then count 2.5 times in an epoch
+    bad    one line for each row that cannot be used, "file:line: why"
     """
 
-    def __init__(self, files: Sequence[str | Path], count_characters: bool = False):
-        self.files = [Path(file) for file in files]
+    def __init__(self, files: Sequence[str], count_characters: bool = False):
+        pairs = [_weighted(file) for file in files]
+        self.files = [Path(file) for file, _ in pairs]
+        self.weights = [weight for _, weight in pairs]
         self.bad: list[str] = []
         self.characters: Counter[str] = Counter()  # of the transcripts, if they are counted
-        file_of, offset, line_of, seconds, size = [], [], [], [], []
+        columns: list[list[float]] = [[], [], [], [], []]
         for number, file in enumerate(self.files):
-            try:
-                lines = file.open("rb")
-            except OSError as error:
-                raise InputError(f"{file}: cannot read it ({error.strerror})") from error
-            with lines:
-                at = 0
-                for line, content in enumerate(lines, start=1):
-                    begin, at = at, at + len(content)
-                    if not content.strip():
-                        continue
-                    try:
-                        row = self._parse(content, file, line)
-                        length = row.seconds if row.seconds is not None else _seconds(row)
-                    except InputError as error:
-                        self.bad.append(str(error))
-                        continue
-                    if count_characters:
-                        self.characters.update(row.transcript)
-                    file_of.append(number)
-                    offset.append(begin)
-                    line_of.append(line)
-                    seconds.append(length)
-                    size.append(row.characters)
-        self._file = torch.tensor(file_of, dtype=torch.int32)
-        self._offset = torch.tensor(offset, dtype=torch.int64)
-        self._line = torch.tensor(line_of, dtype=torch.int32)
-        self.seconds = torch.tensor(seconds, dtype=torch.float32)
-        self.size = torch.tensor(size, dtype=torch.int32)
+            for line, offset, content in _lines(file):
+                try:
+                    row = _parsed(content, file, line)
+                    length = row.seconds if row.seconds is not None else _seconds(row)
+                except InputError as error:
+                    self.bad.append(str(error))
+                    continue
+                if count_characters:
+                    self.characters.update(row.transcript)
+                found = (number, offset, line, length, row.characters)
+                for column, value in zip(columns, found, strict=True):
+                    column.append(value)
+        self._file = torch.tensor(columns[0], dtype=torch.int32)
+        self._offset = torch.tensor(columns[1], dtype=torch.int64)
+        self._line = torch.tensor(columns[2], dtype=torch.int32)
+        self.seconds = torch.tensor(columns[3], dtype=torch.float32)
+        # What a row costs in tokens: 25 a second, 3 characters each, and the template's own.
+        self.tokens = self.seconds * 25 + torch.tensor(columns[4], dtype=torch.float32) / 3 + 8
 
     def __len__(self) -> int:
         return len(self._offset)
@@ -234,16 +339,53 @@ class Rows:
         file = self.files[int(self._file[i])]
         with file.open("rb") as lines:
             lines.seek(int(self._offset[i]))
-            return self._parse(lines.readline(), file, int(self._line[i]))
+            return _parsed(lines.readline(), file, int(self._line[i]))
 
-    @staticmethod
-    def _parse(content: bytes, file: Path, line: int) -> Row:
-        where = f"{file}:{line}"
-        try:
-            raw = json.loads(content)
-        except ValueError as error:
-            raise InputError(f"{where}: not JSON ({error})") from error
-        return parse(raw, where, file.parent)
+    def epoch(self, generator: torch.Generator) -> Tensor:
+        """Numbers of the rows of one epoch, each file as often as its weight says."""
+        parts = []
+        for number, weight in enumerate(self.weights):
+            own = (self._file == number).nonzero().flatten()
+            whole = int(weight)
+            rest = round((weight - whole) * len(own))
+            drawn = own[torch.randperm(len(own), generator=generator)[:rest]]
+            parts += [own.repeat(whole), drawn]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def _weighted(file: str) -> tuple[str, float]:
+    path, at, weight = str(file).rpartition("@")
+    if not at or Path(file).exists():
+        return str(file), 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        return str(file), 1.0
+    if not 0 < value < 1e6:
+        raise InputError(f"{file}: the weight is {weight}, expected a number above 0")
+    return path, value
+
+
+def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Number, offset and content of each line that is not empty."""
+    try:
+        with file.open("rb") as lines:
+            at = 0
+            for number, content in enumerate(lines, start=1):
+                if content.strip():
+                    yield number, at, content
+                at += len(content)
+    except OSError as error:
+        raise InputError(f"{file}: cannot read it ({error.strerror})") from error
+
+
+def _parsed(content: bytes, file: Path, line: int) -> Row:
+    where = f"{file}:{line}"
+    try:
+        raw = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error})") from error
+    return parse(raw, where, file.parent)
 
 
 def _seconds(row: Row) -> float:
@@ -258,73 +400,111 @@ def plan(
     epoch: int,
     *,
     batch_seconds: float,
-    batch_tokens: int,
+    batch_tokens: float,
     seed: int = 0,
     short_first: int = 0,
 ) -> list[list[int]]:
-    """One epoch's batches as row numbers, all rows once, in a random order of batches.
+    """One epoch's batches as row numbers, in a random order of batches.
 
-    Rows of like length lie together: rows are sorted by length with some noise, then cut where the
+    Rows of like length lie together: they are sorted by length with some noise, then cut where the
     padded batch would pass a limit.
 
     batch_seconds  of audio in a batch, padding counted
-    batch_tokens   of text and audio (25 a second; a token of text is taken for 3 characters)
+    batch_tokens   of text and audio, padding counted, as Rows.tokens estimates them
     short_first    in epoch 0, so many batches from the front are put in order of length
     """
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-    tokens = rows.seconds * 25 + rows.size / 3 + 8
-    noise = 1 + 0.1 * torch.rand(len(rows), generator=generator)
-    # Whole seconds, then tokens: what shares a batch is alike in both.
+    numbers = rows.epoch(generator)
+    tokens = rows.tokens[numbers]
+    noise = 1 + 0.1 * torch.rand(len(numbers), generator=generator)
     order = (tokens * noise).argsort()
     batches: list[list[int]] = []
     longest = most = 0.0
     now: list[int] = []
-    for i in order.tolist():
-        length, count = float(rows.seconds[i]), float(tokens[i])
-        if now and (
-            max(longest, length) * (len(now) + 1) > batch_seconds
-            or max(most, count) * (len(now) + 1) > batch_tokens
+    for number, length, count in zip(
+        numbers[order].tolist(),
+        rows.seconds[numbers[order]].tolist(),
+        tokens[order].tolist(),
+        strict=True,
+    ):
+        longest, most = max(longest, length), max(most, count)
+        if (
+            now
+            and max(longest * (len(now) + 1) - batch_seconds, most * (len(now) + 1) - batch_tokens)
+            > 0
         ):
             batches.append(now)
-            now, longest, most = [], 0.0, 0.0
-        now.append(i)
-        longest, most = max(longest, length), max(most, count)
+            now, longest, most = [], length, count
+        now.append(number)
     if now:
         batches.append(now)
     batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
     if epoch == 0 and short_first:
         front = batches[:short_first]
-        front.sort(key=lambda batch: float(tokens[batch].mean()))
+        front.sort(key=lambda batch: float(rows.tokens[batch].mean()))
         batches[:short_first] = front
     return batches
 
 
+# Random changes
+
+
 @dataclass(frozen=True)
-class Masking:
-    """SpecAugment (arXiv 1904.08779): bands of frequency and stretches of time put to the mean."""
+class Augment:
+    """Changes to what is heard, off by default.
 
-    bands: int = 2
-    widest: int = 20  # mel bins of one band
-    stretches_per_second: float = 0.5
-    longest: float = 0.2  # s of one stretch
+    speed    a clip is played faster or slower by up to this part, 0.1 for 0.9 to 1.1
+    noise    part of the clips that get noise, white to brown, 5 to 30 dB below the speech
+    masking  SpecAugment (arXiv 1904.08779): bands and stretches of the log-mel put to its mean
+    """
 
-    def __call__(self, mel: Tensor, generator: torch.Generator) -> Tensor:
+    speed: float = 0.0
+    noise: float = 0.0
+    masking: bool = False
+
+    def waveform(self, waveform: Tensor, generator: torch.Generator) -> Tensor:
+        if self.speed:
+            factor = 1 + self.speed * (2 * _uniform(generator) - 1)
+            count = max(400, round(len(waveform) / factor))
+            waveform = torch.nn.functional.interpolate(
+                waveform[None, None], size=count, mode="linear", align_corners=True
+            )[0, 0]
+        if self.noise and _uniform(generator) < self.noise:
+            spectrum = torch.fft.rfft(torch.randn(len(waveform), generator=generator))
+            slope = _uniform(generator)  # of the amplitude: 0 white, 0.5 pink, 1 brown
+            spectrum *= torch.arange(1, len(spectrum) + 1).float() ** -slope
+            noise = torch.fft.irfft(spectrum, n=len(waveform))
+            decibels = 5 + 25 * _uniform(generator)
+            level = waveform.square().mean().sqrt() * 10 ** (-decibels / 20)
+            waveform = waveform + noise * (level / noise.square().mean().sqrt().clamp(min=1e-9))
+        return waveform
+
+    def mel(self, mel: Tensor, generator: torch.Generator) -> Tensor:
         """mel (M, F) of one clip, changed in place."""
+        if not self.masking:
+            return mel
         bins, frames = mel.shape
 
         def draw(top: int) -> int:
             return int(torch.randint(0, top + 1, (), generator=generator))
 
         mean = mel.mean()
-        for _ in range(self.bands):
-            width = draw(self.widest)
+        for _ in range(2):
+            width = draw(bins // 6)
             begin = draw(bins - width)
             mel[begin : begin + width] = mean
-        for _ in range(draw(round(2 * self.stretches_per_second * frames / 100))):
-            width = draw(min(round(100 * self.longest), frames // 4))
+        for _ in range(draw(1 + frames // 100)):  # about one stretch of up to 0.2 s in two seconds
+            width = draw(min(20, frames // 4))
             begin = draw(frames - width)
             mel[:, begin : begin + width] = mean
         return mel
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator))
+
+
+# Examples to batches
 
 
 def collate(
@@ -332,28 +512,41 @@ def collate(
     pad_id: int,
     *,
     num_mel_bins: int = 128,
-    masking: Masking | None = None,
+    pairs: bool = False,
+    augment: Augment | None = None,
     generator: torch.Generator | None = None,
 ) -> Batch:
-    """Pad at the right, make the labels, compute the log-mels."""
-    longest = max(len(example.ids) for example in examples)
-    ids = torch.full((len(examples), longest), pad_id)
-    labels = torch.full((len(examples), longest), IGNORE)
+    """Pad at the right, make the labels, compute the log-mels.
+
+    examples  none at all make a batch of one padding token, which trains nothing
+    pairs     better and worse answers, as Batch says; every example needs a rejected one
+    """
+    written: list[tuple[list[int], list[tuple[int, int]]]] = []
+    for example in examples:
+        written.append((example.ids, example.answers[-1:] if pairs else example.answers))
+    if pairs:
+        for example in examples:
+            if example.rejected is None:
+                raise InputError(f"{example.row.where}: no rejected answer to compare with")
+            written.append((example.rejected, [(example.answers[-1][0], len(example.rejected))]))
+    longest = max((len(ids) for ids, _ in written), default=1)
+    ids = torch.full((max(1, len(written)), longest), pad_id)
+    labels = torch.full_like(ids, IGNORE)
+    for i, (tokens, spans) in enumerate(written):
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        for begin, end in spans:
+            labels[i, begin:end] = ids[i, begin:end]
     clips: list[Tensor] = []
     spoken = []
-    for i, example in enumerate(examples):
-        row = torch.tensor(example.ids)
-        ids[i, : len(row)] = row
-        for begin, end in example.answers:
-            labels[i, begin:end] = row[begin:end]
+    for example in examples:
         if example.row.transcript:
             spoken.append((len(clips), example.row.transcript))
         clips += example.clips
     mel = conv_frames = None
     if clips:
         mels = [log_mel(clip, num_mel_bins) for clip in clips]
-        if masking is not None and generator is not None:
-            mels = [masking(one, generator) for one in mels]
+        if augment is not None and generator is not None:
+            mels = [augment.mel(one, generator) for one in mels]
         mel = mels[0].new_zeros(len(mels), num_mel_bins, max(one.shape[1] for one in mels))
         for place, one in zip(mel, mels, strict=True):
             place[:, : one.shape[1]] = one
@@ -364,6 +557,67 @@ def collate(
         mel,
         conv_frames,
         sum(map(len, clips)) / SAMPLE_RATE,
-        sum(len(example.ids) for example in examples),
+        sum(len(tokens) for tokens, _ in written),
         spoken,
+        len(examples) if pairs else 0,
     )
+
+
+class Loader:
+    """Row numbers to a batch: what a worker process does. Indexed by (seed, row numbers)."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        tokenizer: Tokenizer,
+        *,
+        num_mel_bins: int = 128,
+        limit: int | None = None,
+        pairs: bool = False,
+        augment: Augment | None = None,
+    ):
+        self.rows = rows
+        self.tokenizer = tokenizer
+        self.pad_id = tokenizer.id_of("<|endoftext|>")
+        self.num_mel_bins = num_mel_bins
+        self.limit = limit
+        self.pairs = pairs
+        self.augment = augment
+
+    def __getitem__(self, item: tuple[int, list[int]]) -> Batch:
+        seed, numbers = item
+        generator = torch.Generator().manual_seed(seed)
+        examples, bad = self.examples(numbers, generator)
+        batch = collate(
+            examples,
+            self.pad_id,
+            num_mel_bins=self.num_mel_bins,
+            pairs=self.pairs,
+            augment=self.augment,
+            generator=generator,
+        )
+        batch.bad = bad
+        return batch
+
+    def examples(
+        self, numbers: Sequence[int], generator: torch.Generator | None = None
+    ) -> tuple[list[Example], list[str]]:
+        """Those that can be read, and one line for each that cannot."""
+        change: Change | None = None
+        if self.augment is not None and generator is not None:
+            augment, drawn = self.augment, generator
+
+            def change(waveform: Tensor) -> Tensor:
+                return augment.waveform(waveform, drawn)
+
+        examples: list[Example] = []
+        bad: list[str] = []
+        for number in numbers:
+            try:
+                row = self.rows[number]
+                if self.pairs and row.rejected is None:
+                    raise InputError(f"{row.where}: no rejected answer to compare with")
+                examples.append(encode(row, self.tokenizer, limit=self.limit, change=change))
+            except InputError as error:
+                bad.append(str(error))
+        return examples, bad

@@ -1,38 +1,46 @@
 """The loop: batches in, weights out. One for all three stages."""
 
+import copy
 import ctypes
-import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.data import DataLoader
 
-from qwen2audio_core import chat, hub, ops, saving, weights
-from qwen2audio_core.errors import InputError
-from qwen2audio_core.generate import generate
-from qwen2audio_core.model import Qwen2Audio
-from qwen2audio_core.sampling import Settings as Sampling
+from qwen2audio_core import hub, ops, saving, weights
+from qwen2audio_core.errors import CheckpointError, InputError
+from qwen2audio_core.model import Qwen2Audio, splice
 from qwen2audio_core.tokenizer import Tokenizer
-from qwen2audio_core.training import checkpoint, losses
-from qwen2audio_core.training.data import Batch, Example, Masking, Rows, collate, encode, plan
+from qwen2audio_core.training import checkpoint, lora, losses, parallel, report
+from qwen2audio_core.training.data import Augment, Batch, Example, Loader, Rows, plan
+from qwen2audio_core.training.parallel import Group
+
+Stage = Literal["pretrain", "sft", "dpo"]
 
 
 @dataclass
 class Settings:
-    """Everything a run depends on. A run is repeated by the same settings on the same data."""
+    """Everything a run depends on: the same settings on the same data make the same weights."""
 
     model: str  # folder or hub id to begin with
-    data: list[str]  # jsonl
+    data: list[str]  # jsonl files, "file@weight" to mix
     out: str
+    stage: Stage = "sft"
     valid: str | None = None  # jsonl
+    # How long, and how fast
     steps: int | None = None  # the run ends after so many
     minutes: float | None = None  # or after so long; the schedule follows whichever is nearer
     lr: float = 1e-4
@@ -41,123 +49,192 @@ class Settings:
     weight_decay: float = 0.01
     beta2: float = 0.98
     clip: float = 1.0  # largest norm of the gradient
+    # What a step sees
     batch_seconds: float = 96.0
-    batch_tokens: int = 8192
+    batch_tokens: float = 8192
     accumulate: int = 1  # batches in a step
     short_first: int = 0  # batches of the first epoch in order of length
-    ctc_weight: float = 0.0  # of the auxiliary loss on the encoder
+    augment: Augment = field(default_factory=Augment)
+    workers: int = 0  # processes that prepare batches
+    seed: int = 0
+    # What is trained
+    adapter: lora.Settings | None = None  # adapters alone
+    freeze: tuple[str, ...] = ()  # patterns of parameter names
+    ctc_weight: float = 0.0  # of an auxiliary loss on the encoder
     ctc_until: float = 1.0  # it falls linearly to 0 at this part of the run
-    masking: bool = False  # SpecAugment
-    bf16: bool = True  # autocast; the weights stay in float32
+    dpo_beta: float = 0.1
+    dpo_sft: float = 0.0  # weight of the better answers' own loss beside the preference
+    # How it is computed
+    bf16: bool = True  # autocast; what is trained stays in float32
+    recompute: bool = False  # activations again in the backward pass: less memory, a third slower
+    device: str | None = None  # None: a GPU if there is one
+    # What is written
     save_every: int = 500
     keep: int = 2
     eval_every: int = 500
     eval_rows: int = 256
     samples: int = 64  # answers written at every evaluation
-    seed: int = 0
-    device: str = "cpu"
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.stage not in ("pretrain", "sft", "dpo"):
+            raise InputError(f"stage is {self.stage!r}, expected pretrain, sft or dpo")
+        for name in ("lr", "clip", "batch_seconds", "batch_tokens", "dpo_beta", "ctc_until"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is {getattr(self, name)}, it must be above 0")
+        for name in ("accumulate", "save_every", "keep", "eval_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, it must be at least 1")
 
 
 class Trainee(nn.Module):
     """The model, and a head for the auxiliary loss that is not part of it.
 
-    alphabet   characters of the transcripts; class i + 1 is alphabet[i], 0 the blank
+    alphabet    characters of the transcripts; class i + 1 is alphabet[i], 0 the blank; "" for none
+    lockstep    run every part of the model on every batch, even on one without sound: processes
+                that share the weights wait for one another at each layer
     """
 
-    def __init__(self, model: Qwen2Audio, alphabet: str):
+    def __init__(self, model: Qwen2Audio, alphabet: str = "", lockstep: bool = False):
         super().__init__()
         self.model = model
+        self.lockstep = lockstep
         self.alphabet = {character: i for i, character in enumerate(alphabet, start=1)}
+        self._states: Tensor | None = None
         if alphabet:
-            self.ctc_head = nn.Linear(model.config.audio.d_model, len(alphabet) + 1)
-            self._states: Tensor | None = None
+            device = model.language_model.lm_head.weight.device
+            self.ctc_head = nn.Linear(model.config.audio.d_model, len(alphabet) + 1, device=device)
             model.audio_tower.layers[-1].register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self._states = output  # (n, T, Da), 50 a second
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Sums over the batch: "loss" of next tokens and, with a head for it, "ctc" of clips."""
-        model = self.model
-        x = model.hidden(model.embed(batch.ids, batch.mel, batch.conv_frames))
+        """Of the batch: "loss", the sum over tokens; "ctc", the sum over clips, with an alphabet;
+        "log_probs" (2N,) of the answers, for pairs, whose "loss" is that of the better ones."""
+        x = self.model.hidden(self._embed(batch))
         x, labels = losses.supervised(x, batch.labels)
-        found = {"loss": losses.next_token(model.language_model.lm_head(x), labels)}
+        logits = self.model.language_model.lm_head(x)
+        found: dict[str, Tensor] = {}
+        if batch.pairs:
+            wanted = batch.labels[:, 1:] != losses.IGNORE
+            found["log_probs"] = losses.row_log_probs(logits, labels, wanted)
+            found["loss"] = -found["log_probs"][: batch.pairs].sum()
+        else:
+            found["loss"] = losses.next_token(logits, labels)
         if self.alphabet and batch.spoken:
             found["ctc"] = self._ctc(batch)
+        elif self.alphabet and self.lockstep:
+            found["loss"] = found["loss"] + 0 * self.ctc_head.weight.sum()
         self._states = None
         return found
 
+    def _embed(self, batch: Batch) -> Tensor:
+        model, mel, frames = self.model, batch.mel, batch.conv_frames
+        if not batch.pairs and (mel is not None or not self.lockstep):
+            return model.embed(batch.ids, mel, frames)
+        x: Tensor = model.language_model.model.embed_tokens(batch.ids)
+        if mel is None or frames is None:
+            if self.lockstep:
+                bins = model.config.audio.num_mel_bins
+                silence = torch.zeros(1, bins, 5, device=x.device)
+                x = x + 0 * model.encode_audio(silence, torch.tensor([2], device=x.device)).sum()
+            return x
+        # The clips of the better answers are those of the worse ones: encoded once.
+        audio = model.encode_audio(mel, frames)
+        is_audio = batch.ids == model.config.audio_token_id
+        return splice(x, is_audio, audio.repeat(2, 1, 1), (frames // 2).repeat(2))
+
     def _ctc(self, batch: Batch) -> Tensor:
         assert self._states is not None and batch.conv_frames is not None
-        clips = torch.tensor([clip for clip, _ in batch.spoken])
+        device = self._states.device
+        clips = torch.tensor([clip for clip, _ in batch.spoken], device=device)
         texts = [[self.alphabet[c] for c in text if c in self.alphabet] for _, text in batch.spoken]
         lengths = torch.tensor([len(text) for text in texts])
         targets = torch.zeros(len(texts), int(lengths.max()), dtype=torch.long)
         for row, text in zip(targets, texts, strict=True):
-            row[: len(text)] = torch.tensor(text)
+            row[: len(text)] = torch.tensor(text, dtype=torch.long)
         states = self._states[clips]
-        states = F.layer_norm(states, states.shape[-1:])
-        return losses.ctc(self.ctc_head(states), batch.conv_frames[clips], targets, lengths)
+        logits = self.ctc_head(F.layer_norm(states, states.shape[-1:]))
+        frames = batch.conv_frames[clips]
+        return losses.ctc(logits, frames, targets.to(device), lengths.to(device))
 
 
 def train(settings: Settings) -> Path:
     """Run to the end, from the newest checkpoint in settings.out if there is one.
 
-    returns  the folder of the trained model, in the published layout
+    returns  the folder of the trained model, in the published layout, or of the adapter, in PEFT's
     """
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    _keep_memory()
-    torch.manual_seed(settings.seed)
-    folder = hub.find(settings.model)
-    tokenizer = Tokenizer.from_folder(folder)
-    model = weights.load_model(folder, device=settings.device, dtype=torch.float32).train()
-    _requires_storage(model)
-    if settings.device == "cpu":
+    group = parallel.start(settings.device)
+    if group.device.type == "cpu":
+        _keep_memory()
+    rows = read_rows(settings)
+    run = Run(settings, group, rows)
+    run.go()
+    return run.result
+
+
+def read_rows(settings: Settings) -> Rows:
+    rows = Rows(settings.data, count_characters=settings.ctc_weight > 0)
+    if not len(rows):
+        why = f"; the first bad one: {rows.bad[0]}" if rows.bad else ""
+        raise InputError(f"{', '.join(settings.data)}: no row that can be used{why}")
+    return rows
+
+
+def _load(folder: Path, settings: Settings, group: Group) -> Qwen2Audio:
+    """The model, with float32 for what is trained and the files' own dtype for what is not."""
+    kind = None if settings.adapter is not None and settings.bf16 else torch.float32
+    model = weights.load_model(folder, device=group.device, dtype=kind)
+    if settings.adapter is not None:
+        torch.manual_seed(settings.seed)
+        lora.add(model, settings.adapter)
+    freeze(model, settings.freeze)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # Memory of its own: mapped pages of a file would be copied one by one when written.
+            parameter.data = parameter.data.clone()
+    if group.device.type == "cpu":
         for module in model.modules():
             if hasattr(module, "attention_op"):
-                setattr(module, "attention_op", ops.attention_by_products)  # noqa: B010
-    rows = Rows(settings.data, count_characters=settings.ctc_weight > 0)
-    for line in rows.bad[:10]:
-        print(line, file=sys.stderr)
-    if not len(rows):
-        raise InputError(f"{', '.join(settings.data)}: no usable row")
-    alphabet = "".join(sorted(c for c, _ in rows.characters.most_common(4000)))
-    trainee = Trainee(model, alphabet)
-    optimizer = _optimizer(trainee, settings)
-    run = Run(settings, folder, tokenizer, trainee, optimizer, rows)
-    print(
-        f"{len(rows):,} rows, {float(rows.seconds.sum()) / 3600:.2f} h of audio,"
-        f" {len(rows.bad)} bad rows; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
-        f" parameters; {len(alphabet)} characters",
-        file=sys.stderr,
-        flush=True,
-    )
-    done = checkpoint.checkpoints(out)
-    if done:
-        run.restore(done[-1])
-    run.go()
-    return out / "model"
+                module.attention_op = _attention  # type: ignore[assignment]
+    return model
 
 
-def _requires_storage(model: nn.Module) -> None:
-    """Give every parameter memory of its own: mapped pages of a file are copied on every write."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Leave the parameters whose names match as they are."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InputError(f"freeze: no parameter matches {pattern!r}, they are like {names[0]}")
+    for name, parameter in model.named_parameters():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(f"freeze: nothing is left to train ({', '.join(patterns)})")
 
 
-def _optimizer(trainee: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    trained = [p for p in trainee.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True)
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    key_start: Tensor | None = None,
+    key_end: Tensor | None = None,
+) -> Tensor:
+    small = q.shape[1] * k.shape[1] <= 512 * 512
+    op = ops.attention_by_products if small else ops.sdpa
+    return op(q, k, v, causal, key_start, key_end)
+
+
+def _recompute_layers(model: Qwen2Audio) -> None:
+    for layer in (*model.audio_tower.layers, *model.language_model.model.layers):
+        layer.forward = partial(recompute, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def _keep_memory() -> None:
     """Let the C library keep freed memory: it gives large blocks back at once otherwise, and a step
-    on a CPU then spends more than half of its time in page faults."""
+    on a CPU then spends half of its time in page faults."""
     if not sys.platform.startswith("linux"):
         return
     try:
@@ -170,7 +247,7 @@ def _keep_memory() -> None:
 
 @dataclass
 class Progress:
-    """How far a run has come. What a resumed run cannot work out from its settings."""
+    """How far a run has come: what a resumed run cannot work out from its settings."""
 
     step: int = 0
     epoch: int = 0
@@ -178,246 +255,333 @@ class Progress:
     seconds: float = 0.0  # of wall clock, pauses between runs left out
     audio_seconds: float = 0.0
     tokens: int = 0
+    bad: int = 0  # rows met that could not be used
+    alphabet: str | None = None
+
+    @classmethod
+    def read(cls, place: Path) -> "Progress":
+        known = {entry.name for entry in fields(cls)}
+        found = checkpoint.read_progress(place)
+        return cls(**{key: value for key, value in found.items() if key in known})
 
 
 class Run:
-    def __init__(
-        self,
-        settings: Settings,
-        folder: Path,
-        tokenizer: Tokenizer,
-        trainee: Trainee,
-        optimizer: torch.optim.AdamW,
-        rows: Rows,
-    ):
-        self.settings = settings
-        self.folder = folder
-        self.tokenizer = tokenizer
-        self.trainee = trainee
-        self.optimizer = optimizer
-        self.rows = rows
-        self.progress = Progress()
-        self.out = Path(settings.out)
-        self.valid = Rows([settings.valid]) if settings.valid else None
-        self.pad_id = tokenizer.id_of("<|endoftext|>")
-        self._batches: tuple[int, list[list[int]]] = (-1, [])
-        self._began = 0.0
+    """One run: the model, its optimizer, the data, and how far it is."""
 
-    def restore(self, place: Path) -> None:
-        found = checkpoint.load(place, self.trainee, self.optimizer)
-        self.progress = Progress(**found)
-        print(f"going on from {place}", file=sys.stderr, flush=True)
+    def __init__(self, settings: Settings, group: Group, rows: Rows):
+        self.settings, self.group, self.rows = settings, group, rows
+        self.out = Path(settings.out)
+        done = checkpoint.checkpoints(self.out)
+        self.progress = Progress.read(done[-1]) if done else Progress()
+        if self.progress.alphabet is None:
+            common = rows.characters.most_common(4000)
+            self.progress.alphabet = "".join(sorted(character for character, _ in common))
+        self.folder = hub.find(settings.model)
+        self.tokenizer = Tokenizer.from_folder(self.folder)
+        model = _load(self.folder, settings, group)
+        self.config = model.config
+        self.reference: nn.Module | None = None
+        if settings.stage == "dpo" and settings.adapter is None:
+            self.reference = Trainee(copy.deepcopy(model), lockstep=group.world > 1)
+            self.reference.requires_grad_(False).eval()
+            parallel.spread(self.reference, self.reference.model, group)
+        if settings.recompute:
+            _recompute_layers(model)
+        torch.manual_seed(settings.seed)
+        self.trainee = Trainee(model, self.progress.alphabet, lockstep=group.world > 1)
+        parallel.spread(self.trainee, model, group)
+        self.trained = [p for p in self.trainee.parameters() if p.requires_grad]
+        self.optimizer = self._make_optimizer()
+        self.report = report.Report(self.out, settings.tensorboard, quiet=not group.first)
+        if done:
+            checkpoint.load(done[-1], self.trainee, self.optimizer, group)
+            self.report.forget_after(self.progress.step)
+            self.report.note(f"going on from {done[-1]}")
+        limit = model.config.text.max_position_embeddings
+        bins = model.config.audio.num_mel_bins
+        loader = partial(Loader, tokenizer=self.tokenizer, num_mel_bins=bins, limit=limit)
+        pairs = settings.stage == "dpo"
+        self.loader = loader(rows, pairs=pairs, augment=settings.augment)
+        self.valid = loader(Rows([settings.valid])) if settings.valid else None
+        self._plans: dict[int, list[list[int]]] = {}
+        self._began = time.perf_counter() - self.progress.seconds
+        self._failures = 0
+        for line in rows.bad:
+            self.report.note(line)
+        self._describe(model)
+
+    @property
+    def result(self) -> Path:
+        return self.out / ("adapter" if self.settings.adapter else "model")
+
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        settings = self.settings
+        groups = [
+            {"params": [p for p in self.trained if p.ndim > 1]}
+            | {"weight_decay": settings.weight_decay},
+            {"params": [p for p in self.trained if p.ndim <= 1]} | {"weight_decay": 0.0},
+        ]
+        groups = [g for g in groups if g["params"]]
+        fused = self.group.world == 1
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=fused)
+
+    def _describe(self, model: Qwen2Audio) -> None:
+        trained = sum(p.numel() for p in self.trained)
+        everything = sum(p.numel() for p in model.parameters())
+        self.report.note(
+            f"{self.settings.stage}: {len(self.rows):,} rows, {len(self.rows.bad):,} bad ones left"
+            f" out, {float(self.rows.seconds.sum()) / 3600:.2f} h of audio;"
+            f" {trained / 1e6:.2f} M of {everything / 1e6:.2f} M parameters are trained"
+        )
 
     def go(self) -> None:
+        """Steps until the end. Everything that is read of the clock is read by the first process."""
         settings, progress = self.settings, self.progress
-        self._began = time.perf_counter() - progress.seconds
-        shown = time.perf_counter()
-        recent: list[dict[str, float]] = []
-        batches = self.batches()
-        while self.part() < 1:
-            lr = self._set_rate()
-            step_began = time.perf_counter()
-            figures = self.step([next(batches) for _ in range(settings.accumulate)])
+        batches = self._batches()
+        part = self._part()
+        while part < 1:
+            began = time.perf_counter()
+            mine = list(islice(batches, settings.accumulate))
+            for batch in mine:
+                progress.bad += len(batch.bad)
+                for line in batch.bad:
+                    self.report.note(line)
+            figures = self.step(mine, part)
             progress.step += 1
+            self._advance()
             progress.seconds = time.perf_counter() - self._began
-            figures |= {"lr": lr, "step_seconds": time.perf_counter() - step_began}
-            recent.append(figures)
-            last = self.part() >= 1
-            if time.perf_counter() - shown > 10 or last:
-                shown = time.perf_counter()
-                mean = {
-                    key: sum(f.get(key, 0.0) for f in recent) / len(recent) for key in recent[-1]
-                }
-                self.log("train", mean)
-                recent = []
-            if progress.step % settings.eval_every == 0 or last:
+            figures["step_seconds"] = time.perf_counter() - began
+            part = self._part()
+            self.report.step(asdict(progress), figures, part)
+            if progress.step % settings.eval_every == 0 or part >= 1:
                 self.evaluate()
-            if progress.step % settings.save_every == 0 or last:
+            if progress.step % settings.save_every == 0 or part >= 1:
                 self.save()
+        self.report.finish()
 
-    def part(self) -> float:
+    def _part(self) -> float:
         """How much of the run is over, 0 to 1."""
         settings, progress = self.settings, self.progress
         parts = [0.0]
-        if settings.steps:
-            parts.append(progress.step / settings.steps)
-        if settings.minutes:
-            parts.append((time.perf_counter() - self._began) / (60 * settings.minutes))
-        return min(1.0, max(parts))
+        if settings.steps is not None:
+            parts.append(progress.step / max(1, settings.steps))
+        if settings.minutes is not None:
+            parts.append((time.perf_counter() - self._began) / (60 * max(1e-9, settings.minutes)))
+        return self.group.from_first(min(1.0, max(parts)))
 
-    def _set_rate(self) -> float:
+    def _set_rate(self, part: float) -> float:
         settings = self.settings
-        shape = 0.5 * (1 + math.cos(math.pi * self.part()))
+        shape = 0.5 * (1 + math.cos(math.pi * part))
         shape = settings.floor + (1 - settings.floor) * shape
         lr = settings.lr * shape * min(1.0, (self.progress.step + 1) / max(1, settings.warmup))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
 
-    def batches(self) -> Iterator[Batch]:
-        settings, progress = self.settings, self.progress
-        while True:
+    # Which batch comes when
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        if epoch not in self._plans:
+            settings = self.settings
+            # A pair is two rows of tokens on the same audio.
+            pair = 2 if settings.stage == "dpo" else 1
             planned = plan(
                 self.rows,
-                progress.epoch,
+                epoch,
                 batch_seconds=settings.batch_seconds,
-                batch_tokens=settings.batch_tokens,
+                batch_tokens=settings.batch_tokens / pair,
                 seed=settings.seed,
                 short_first=settings.short_first,
             )
-            while progress.batch < len(planned):
-                numbers = planned[progress.batch]
-                draw = hash((settings.seed, progress.epoch, progress.batch)) % 2**62
-                progress.batch += 1
-                examples = self._examples(self.rows, numbers)
-                if examples:
-                    yield self._collate(examples, torch.Generator().manual_seed(draw))
-            progress.epoch, progress.batch = progress.epoch + 1, 0
+            if not planned:
+                raise InputError(
+                    f"{', '.join(settings.data)}: an epoch has no row (weights too low)"
+                )
+            self._plans = {e: p for e, p in self._plans.items() if e >= epoch - 1}
+            self._plans[epoch] = planned
+        return self._plans[epoch]
 
-    def _examples(self, rows: Rows, numbers: list[int]) -> list[Example]:
-        examples = []
-        for number in numbers:
-            try:
-                examples.append(encode(rows[number], self.tokenizer))
-            except InputError as error:
-                print(error, file=sys.stderr)
-        return examples
+    def _items(self, epoch: int, batch: int) -> Iterator[tuple[int, list[int]]]:
+        """Seed and rows of every batch from here on, without end."""
+        while True:
+            planned = self._plan(epoch)
+            for i in range(batch, len(planned)):
+                yield ((self.settings.seed * 1009 + epoch) * 10_000_019 + i) % 2**62, planned[i]
+            epoch, batch = epoch + 1, 0
 
-    def _collate(self, examples: list[Example], generator: torch.Generator | None) -> Batch:
-        masking = Masking() if self.settings.masking and generator is not None else None
-        bins = self.trainee.model.config.audio.num_mel_bins
-        return collate(
-            examples, self.pad_id, num_mel_bins=bins, masking=masking, generator=generator
+    def _advance(self) -> None:
+        """One step's batches of all processes are used up."""
+        progress = self.progress
+        progress.batch += self.settings.accumulate * self.group.world
+        while progress.batch >= len(self._plan(progress.epoch)):
+            progress.batch -= len(self._plan(progress.epoch))
+            progress.epoch += 1
+
+    def _batches(self) -> Iterator[Batch]:
+        """This process's batches from where the run stands."""
+        items = self._items(self.progress.epoch, self.progress.batch)
+        mine = islice(items, self.group.rank, None, self.group.world)
+        workers = self.settings.workers
+        return iter(
+            DataLoader(
+                self.loader,  # type: ignore[arg-type]
+                batch_size=None,
+                sampler=mine,
+                num_workers=workers,
+                prefetch_factor=4 if workers else None,
+                multiprocessing_context="fork" if workers else None,
+            )
         )
 
-    def step(self, batches: list[Batch]) -> dict[str, float]:
-        settings = self.settings
-        positions = sum(batch.supervised for batch in batches)
-        spoken = sum(len(batch.spoken) for batch in batches)
-        ctc_weight = settings.ctc_weight * max(0.0, 1 - self.part() / settings.ctc_until)
+    # One step
+
+    def step(self, batches: Sequence[Batch], part: float) -> dict[str, float]:
+        """One step of the optimizer on this process's batches and those of the others."""
+        settings, group = self.settings, self.group
+        dpo = settings.stage == "dpo"
+        # Dropout draws from the step's own seed, so there is no generator to save.
+        torch.manual_seed((settings.seed * 1_000_003 + self.progress.step) * 64 + group.rank)
+        counts = group.total(
+            [
+                float(sum(batch.supervised for batch in batches)),
+                float(sum(len(batch.spoken) for batch in batches)),
+                float(sum(batch.pairs for batch in batches)),
+                sum(batch.seconds for batch in batches),
+                float(sum(batch.tokens for batch in batches)),
+            ]
+        )
+        positions, clips, pairs = (max(1.0, count) for count in counts[:3])
+        ctc_weight = settings.ctc_weight * max(0.0, 1 - part / settings.ctc_until)
+        lr = self._set_rate(part)
         self.trainee.train()
-        figures = {"loss": 0.0, "ctc": 0.0, "audio_seconds": 0.0, "tokens": 0.0}
+        sums = [0.0] * 4  # next token, ctc; won and margin of pairs
         for batch in batches:
+            batch.to(group.device)
+            reference = self._reference(batch) if batch.pairs else None
             with self._autocast():
-                sums = self.trainee(batch)
-            loss = sums["loss"] / max(1, positions)
-            figures["loss"] += float(loss.detach())
-            if "ctc" in sums:
-                auxiliary = sums["ctc"] / max(1, spoken)
-                figures["ctc"] += float(auxiliary.detach())
+                found = self.trainee(batch)
+            loss = found["loss"] / positions
+            sums[0] += float(loss.detach())
+            if reference is not None:
+                preference = losses.dpo(found["log_probs"], reference, settings.dpo_beta)
+                loss = preference.loss / pairs + settings.dpo_sft * loss
+                sums[0] += float(loss.detach()) - float(found["loss"].detach()) / positions
+                sums[2] += float(preference.won) / pairs
+                sums[3] += float(preference.margin) / pairs
+            elif dpo:
+                loss = 0 * found["loss"]  # a batch whose rows are all bad
+            if "ctc" in found:
+                auxiliary = found["ctc"] / clips
+                sums[1] += float(auxiliary.detach())
                 loss = loss + ctc_weight * auxiliary
-            loss.backward()
-            figures["audio_seconds"] += batch.seconds
-            figures["tokens"] += batch.tokens
-        norm = nn.utils.clip_grad_norm_(self.trainee.parameters(), settings.clip)
-        figures["norm"] = float(norm)
-        if math.isfinite(figures["norm"]):
+            # Gradients are averaged over processes, the counts above are sums over them.
+            (loss * group.world).backward()
+        parallel.average_whole(self.trained, group)
+        norm = parallel.clip_gradients(self.trained, settings.clip, group)
+        self._update(norm)
+        loss_sum, ctc_sum, won, margin = group.total(sums)
+        self.progress.audio_seconds += counts[3]
+        self.progress.tokens += int(counts[4])
+        figures = {"loss": loss_sum, "norm": norm, "lr": lr}
+        if self.progress.alphabet:
+            figures["ctc"] = ctc_sum
+        if dpo:
+            figures |= {"won": won, "margin": margin}
+        return figures | {"audio_seconds": counts[3], "tokens": counts[4]}
+
+    def _update(self, norm: float) -> None:
+        if math.isfinite(norm):
             self.optimizer.step()
+            self._failures = 0
+        else:
+            self._failures += 1
+            if self._failures == 10:
+                raise InputError(
+                    f"the gradient has not been finite for 10 steps, the last is step"
+                    f" {self.progress.step}: lower --lr, or look for broken rows with --check"
+                )
         self.optimizer.zero_grad(set_to_none=True)
-        self.progress.audio_seconds += figures["audio_seconds"]
-        self.progress.tokens += int(figures["tokens"])
-        return figures
+
+    @torch.no_grad()
+    def _reference(self, batch: Batch) -> Tensor:
+        with self._autocast():
+            if self.reference is not None:
+                found = self.reference(batch)
+            else:
+                self.trainee.eval()  # no dropout in what is compared with
+                with lora.disabled(self.trainee):
+                    found = self.trainee(batch)
+                self.trainee.train()
+        log_probs: Tensor = found["log_probs"]
+        return log_probs
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        kind = torch.device(self.settings.device).type
-        return torch.autocast(kind, torch.bfloat16, enabled=self.settings.bf16)
+        return torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.settings.bf16)
 
-    def log(self, kind: str, figures: dict[str, Any]) -> None:
-        progress = self.progress
-        line = {"kind": kind, **asdict(progress), **figures}
-        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        numbers = " ".join(
-            f"{key} {value:.4g}" for key, value in figures.items() if isinstance(value, float)
-        )
-        print(
-            f"{kind} step {progress.step} epoch {progress.epoch}"
-            f" {progress.seconds / 60:.1f} min: {numbers}",
-            file=sys.stderr,
-            flush=True,
-        )
+    # Between steps
 
     @torch.no_grad()
     def evaluate(self) -> None:
         """Loss on the validation rows, and some answers beside what they should be."""
-        if self.valid is None or not len(self.valid):
+        if self.valid is None:
             return
-        settings, rows = self.settings, self.valid
+        settings, loader = self.settings, self.valid
+        rows = loader.rows
         generator = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(rows), generator=generator)[: settings.eval_rows].tolist()
         chosen.sort(key=lambda i: float(rows.seconds[i]))
         self.trainee.eval()
         total, positions = 0.0, 0
         for at in range(0, len(chosen), 32):
-            batch = self._collate(self._examples(rows, chosen[at : at + 32]), None)
-            with self._autocast():
-                total += float(self.trainee(batch)["loss"])
+            batch = loader[0, chosen[at : at + 32]]
+            for line in batch.bad:
+                self.report.note(line)
             positions += batch.supervised
+            with self._autocast():
+                total += float(self.trainee(batch.to(self.group.device))["loss"])
         figures: dict[str, Any] = {"valid_loss": total / max(1, positions)}
-        shown = chosen[:: max(1, len(chosen) // max(1, settings.samples))][: settings.samples]
-        examples = self._examples(rows, shown)
-        if examples:
+        # Writing needs the whole model on one process.
+        if self.group.world == 1 and settings.samples:
+            shown = chosen[:: -(-len(chosen) // settings.samples)] if chosen else []
+            examples, _ = loader.examples(shown)
             figures |= self._samples(examples)
-        self.log("valid", figures)
         self.trainee.train()
+        self.report.evaluation(asdict(self.progress), figures)
 
     def _samples(self, examples: list[Example]) -> dict[str, Any]:
-        """Greedy answers to the first turn of each row."""
-        prompts, wanted = [], []
-        for example in examples:
-            begin, end = example.answers[0]
-            ids = example.ids[:begin]
-            clips = example.clips[: _runs(ids, self.trainee.model.config.audio_token_id)]
-            prompts.append(chat.Prompt(ids, clips, [], []))
-            wanted.append(self.tokenizer.decode(example.ids[begin:end]))
-        ends = (self.pad_id, self.tokenizer.id_of("<|im_end|>"))
-        sampling = replace(
-            Sampling(), max_new_tokens=48, eos_token_ids=ends, pad_token_id=self.pad_id
-        )
-        said = []
-        for at in range(0, len(prompts), 32):
-            bins = self.trainee.model.config.audio.num_mel_bins
-            batch = chat.collate(prompts[at : at + 32], self.pad_id, num_mel_bins=bins)
-            answers = generate(self.trainee.model, batch, sampling)
-            said += [self.tokenizer.decode(answer.ids) for answer in answers]
-        pairs = list(zip(examples, wanted, said, strict=True))
-        spoken = [(w, s) for example, w, s in pairs if example.row.transcript]
-        wrong = sum(edit_distance(w, s) for w, s in spoken)
-        figures: dict[str, Any] = {
-            "exact": sum(w.strip() == s.strip() for _, w, s in pairs) / len(pairs),
-            "samples": [[example.row.source, w, s] for example, w, s in pairs[:24]],
-        }
-        if spoken:
-            figures["cer"] = wrong / max(1, sum(len(w) for w, _ in spoken))
-        for source, wanted_text, said_text in figures["samples"][:8]:
-            print(f"   {source}: {wanted_text!r} -> {said_text!r}", file=sys.stderr)
-        return figures
+        model = self.trainee.model
+        assert isinstance(model, Qwen2Audio)
+        return report.samples(model, self.tokenizer, examples) if examples else {}
 
     def save(self) -> None:
+        """A checkpoint to go on from, and the result so far."""
+        settings, group = self.settings, self.group
+        self.out.mkdir(parents=True, exist_ok=True)
         checkpoint.save(
-            self.out, asdict(self.progress), self.trainee, self.optimizer, self.settings.keep
+            self.out, asdict(self.progress), self.trainee, self.optimizer, settings.keep, group
         )
-        saving.save_model(
-            self.trainee.model,
-            self.out / "model",
-            dtype=torch.bfloat16,
-            companions=self.folder,
-            overwrite=True,
-        )
-
-
-def _runs(ids: list[int], token: int) -> int:
-    """How many unbroken runs of a token there are."""
-    return sum(
-        now == token and before != token for before, now in zip([-1, *ids], ids, strict=False)
-    )
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance in characters."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        corner, row[0] = row[0], i
-        for j, y in enumerate(b, start=1):
-            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
-    return row[-1]
+        model = self.trainee.model
+        assert isinstance(model, Qwen2Audio)
+        if settings.adapter is not None:
+            if group.first:
+                lora.save(model, self.result, settings.model)
+            return
+        state = model.state_dict()
+        if not group.first:  # all processes ask for the same tensors in the same order
+            for tensor in state.values():
+                parallel.whole(tensor)
+            return
+        try:
+            saving.write(
+                self.result,
+                self.config,
+                {name: tuple(tensor.shape) for name, tensor in state.items()},
+                lambda name: parallel.whole(state[name]).to(torch.bfloat16),
+                torch.bfloat16,
+                saving.side_files(self.folder),
+                overwrite=True,
+            )
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; the newest checkpoint is whole, give the same command to go on"
+            ) from error

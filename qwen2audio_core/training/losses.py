@@ -4,6 +4,8 @@ A step may consist of several batches, on several machines. Each contributes a s
 divided by one count of the whole step, so that every token weighs the same wherever it lies.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +31,41 @@ def next_token(logits: Tensor, labels: Tensor) -> Tensor:
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, labels, reduction="sum")
+
+
+def row_log_probs(logits: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
+    """log p(answer | prompt) of each row: the sum over its labels, in float32 or wider.
+
+    logits  (P, V), labels (P,)  of the positions that `supervised` gathered
+    wanted  (B, T)  bool, where in the batch they lie
+    returns (B,)
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    each = -F.cross_entropy(wide, labels, reduction="none")
+    rows = wanted.nonzero()[:, 0]
+    return torch.zeros(len(wanted), dtype=each.dtype, device=each.device).index_add(0, rows, each)
+
+
+class Preference(NamedTuple):
+    """Sums over pairs."""
+
+    loss: Tensor
+    won: Tensor  # pairs where the better answer gained more than the worse one
+    margin: Tensor  # of the rewards, beta * (log p - log p of the reference)
+
+
+def dpo(policy: Tensor, reference: Tensor, beta: float) -> Preference:
+    """Direct preference optimisation, the sigmoid loss:
+
+        -log sigmoid(beta * ((p_better - r_better) - (p_worse - r_worse)))
+
+    policy, reference  (2N,)  log p of N better answers, then of the N worse ones, in nats
+    beta               how dear it is to leave the reference; 0.1 is common
+    Rafailov et al., arXiv 2305.18290, equation 7.
+    """
+    better, worse = (policy - reference).chunk(2)
+    margin = beta * (better - worse)
+    return Preference(-F.logsigmoid(margin).sum(), (margin > 0).sum(), margin.detach().sum())
 
 
 def ctc(logits: Tensor, frames: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:

@@ -1,0 +1,285 @@
+"""Low-rank adapters: y = W x + (alpha / rank) B A dropout(x), W as it was.
+
+A layer is swapped in place. Its own weight keeps its name and its storage; beside it stand `lora_A`
+(rank, inputs) and `lora_B` (outputs, rank). B begins at zero, so an adapted model begins as the
+model it adapts. Hu et al., arXiv 2106.09685.
+
+    lora.add(model, Settings(rank=8))       train, then lora.save(model, folder)
+    with lora.disabled(model): ...          the model without the adapter
+    lora.merge(model)                       W + (alpha / rank) B A, plain layers again
+
+An adapter's folder is PEFT's: adapter_config.json and adapter_model.safetensors.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from qwen2audio_core.errors import CheckpointError, InputError
+from qwen2audio_core.linear import Linear
+from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.weights import few, published_name
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LANGUAGE_MODEL = ("language_model.model.layers.*_proj",)  # all its layers but the head
+_PREFIX = "base_model.model."  # PEFT's wrapper around the model
+
+
+@dataclass(frozen=True)
+class Settings:
+    rank: int = 8
+    alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
+    dropout: float = 0.0  # of the adapter's input, while training
+    patterns: tuple[str, ...] = LANGUAGE_MODEL  # module paths, with * and ?
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 <= self.dropout < 1 or not self.alpha > 0:
+            raise InputError(
+                f"LoRA with rank {self.rank}, alpha {self.alpha}, dropout {self.dropout}: expected"
+                " a rank of at least 1, alpha above 0, dropout of at least 0 and below 1"
+            )
+
+
+class LoRALinear(Linear):
+    """A linear layer and its adapter."""
+
+    def __init__(self, layer: nn.Linear, settings: Settings):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+        self.linear_op = getattr(layer, "linear_op", F.linear)
+        self.scale = settings.alpha / settings.rank
+        self.dropout = settings.dropout
+        self.enabled = True
+        # In float32 whatever the weight is: the steps of training are finer than bfloat16.
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        like = self.weight.new_empty(0, dtype=wide)
+        self.lora_A = nn.Parameter(like.new_empty(settings.rank, self.in_features))
+        self.lora_B = nn.Parameter(like.new_zeros(self.out_features, settings.rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT begins
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear_op(x, self.weight, self.bias)
+        if not self.enabled:
+            return y
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        kind = self.lora_A.dtype if not torch.is_autocast_enabled(x.device.type) else x.dtype
+        low = F.linear(F.linear(x.to(kind), self.lora_A), self.lora_B)
+        return y + (self.scale * low).to(y.dtype)
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """The weight with the adapter in it, in the weight's dtype."""
+        change = self.scale * (self.lora_B @ self.lora_A)
+        return (self.weight.to(change.dtype) + change).to(self.weight.dtype)
+
+
+def add(model: Qwen2Audio, settings: Settings) -> list[str]:
+    """Put adapters into all linear layers whose path matches; everything else stops training.
+
+    returns  the paths
+    errors   InputError for a pattern that matches no linear layer
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    if any(isinstance(module, LoRALinear) for module in linear.values()):
+        raise InputError("the model has an adapter already: merge it first")
+    for pattern in settings.patterns:
+        if not any(fnmatchcase(name, pattern) for name in linear):
+            raise InputError(
+                f"no linear layer matches {pattern!r}; their paths are like {few(list(linear))}"
+            )
+    model.requires_grad_(False)
+    chosen = [
+        name for name in linear if any(fnmatchcase(name, pattern) for pattern in settings.patterns)
+    ]
+    for name in chosen:
+        _put(model, name, LoRALinear(linear[name], settings))
+    return chosen
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, layer.train(model.training))
+
+
+def layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted layers by path."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' tensors by name."""
+    found = model.named_parameters()
+    return {name: p for name, p in found if name.endswith((".lora_A", ".lora_B"))}
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The model as it was before the adapter."""
+    adapted = [layer for layer in layers(model).values() if layer.enabled]
+    try:
+        for layer in adapted:
+            layer.enabled = False
+        yield
+    finally:
+        for layer in adapted:
+            layer.enabled = True
+
+
+def merge(model: Qwen2Audio) -> None:
+    """Add the adapters to the weights for good and make the layers plain again."""
+    for name, layer in layers(model).items():
+        plain = Linear.__new__(Linear)
+        nn.Module.__init__(plain)
+        plain.in_features, plain.out_features = layer.in_features, layer.out_features
+        plain.weight = nn.Parameter(layer.merged(), requires_grad=False)
+        plain.bias = layer.bias
+        plain.linear_op = layer.linear_op
+        _put(model, name, plain)
+
+
+# PEFT's files
+
+
+def save(model: Qwen2Audio, folder: str | Path, base: str = "") -> None:
+    """Write the adapter as PEFT does.
+
+    base  what it belongs to, a hub id or a folder: base_model_name_or_path
+    """
+    from safetensors.torch import save as to_bytes
+
+    adapted = layers(model)
+    if not adapted:
+        raise InputError("the model has no adapter to save")
+    first = next(iter(adapted.values()))
+    rank = first.lora_A.shape[0]
+    tensors = {
+        f"{_PREFIX}{name}.{part}.weight": tensor.detach().cpu().contiguous()
+        for name, layer in adapted.items()
+        for part, tensor in (("lora_A", _whole(layer.lora_A)), ("lora_B", _whole(layer.lora_B)))
+    }
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": round(first.scale * rank, 6),
+        "lora_dropout": first.dropout,
+        "target_modules": _pattern_of(list(adapted)),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in (
+            (WEIGHTS, to_bytes(tensors, metadata={"format": "pt"})),
+            (CONFIG, (json.dumps(config, indent=2) + "\n").encode()),
+        ):
+            part = folder / f".{name}.part"
+            part.write_bytes(content)
+            part.replace(folder / name)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot write it ({error.strerror})") from error
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    full = getattr(parameter, "full_tensor", None)  # of one that is spread over processes
+    return full() if full is not None else parameter
+
+
+def _pattern_of(names: Sequence[str]) -> str:
+    """The adapted layers as a regular expression, which PEFT matches against whole paths.
+
+    Paths differ between releases of the reference library in what stands before `layers`, so only
+    what stands behind a tower's name is fixed.
+    """
+    tails = sorted({re.escape(re.sub(r"^.*?layers\.", "layers.", name)) for name in names})
+    towers = sorted({name.split(".")[0] for name in names})
+    return f".*({'|'.join(towers)}).*?({'|'.join(tails)})"
+
+
+def load(model: Qwen2Audio, folder: str | Path) -> Settings:
+    """Put an adapter from PEFT's files into the model, ready to run or to train on.
+
+    errors   CheckpointError for files that are missing, of another kind, or of another shape
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: not an adapter, expected {CONFIG} and {WEIGHTS} ({error.strerror})"
+        ) from error
+    except (ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: broken ({str(error).splitlines()[0]})") from error
+    _check_config(folder, config)
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(
+            r"(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.default)?\.weight", key
+        )
+        if match is None:
+            raise CheckpointError(f"{folder / WEIGHTS}: {key} is not part of a LoRA adapter")
+        name = published_name(match[1] + ".weight").removesuffix(".weight")
+        found.setdefault(name, {})[match[2]] = tensor
+    modules = dict(model.named_modules())
+    for name, pair in found.items():
+        module = modules.get(name)
+        if not isinstance(module, Linear) or pair.keys() != {"lora_A", "lora_B"}:
+            raise CheckpointError(f"{folder / WEIGHTS}: {name} does not fit the model")
+        shapes = (config["r"], module.in_features), (module.out_features, config["r"])
+        if (tuple(pair["lora_A"].shape), tuple(pair["lora_B"].shape)) != shapes:
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {name} has shapes {tuple(pair['lora_A'].shape)} and"
+                f" {tuple(pair['lora_B'].shape)}, expected {shapes[0]} and {shapes[1]}"
+            )
+    settings = Settings(
+        config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), tuple(found)
+    )
+    add(model, settings)
+    with torch.no_grad():
+        for name, layer in layers(model).items():
+            layer.lora_A.copy_(found[name]["lora_A"])
+            layer.lora_B.copy_(found[name]["lora_B"])
+    return settings
+
+
+def _check_config(folder: Path, config: Any) -> None:
+    """Refuse what would change the arithmetic."""
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{folder / CONFIG}: not a LoRA adapter")
+    for key, good in (
+        ("use_dora", (False, None)),
+        ("use_rslora", (False, None)),
+        ("bias", ("none", None)),
+        ("rank_pattern", ({}, None)),
+        ("alpha_pattern", ({}, None)),
+        ("modules_to_save", ([], None)),
+        ("fan_in_fan_out", (False, None)),
+    ):
+        if config.get(key) not in good:
+            raise CheckpointError(
+                f"{folder / CONFIG}: {key} {config[key]!r} is not supported, only {good[0]!r}"
+            )
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
+        raise CheckpointError(f"{folder / CONFIG}: r and lora_alpha must be numbers")

@@ -1,0 +1,197 @@
+"""What a person sees of a run: a line of figures, a jsonl log, curves, and answers to read."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen2audio_core import chat
+from qwen2audio_core.errors import CheckpointError
+from qwen2audio_core.generate import generate
+from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.sampling import Settings
+from qwen2audio_core.tokenizer import Tokenizer
+from qwen2audio_core.training.data import Example
+
+EVERY = 10.0  # s between lines
+LOG = "log.jsonl"
+
+
+class Report:
+    """Writes out/log.jsonl and lines on stderr."""
+
+    def __init__(self, out: Path, tensorboard: bool = False, quiet: bool = False):
+        self.out, self.quiet = out, quiet
+        self._recent: list[dict[str, float]] = []
+        self._shown = time.perf_counter()
+        self._board: Any = None
+        if tensorboard and not quiet:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(out / "tensorboard"))
+
+    def note(self, line: str) -> None:
+        if not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    def step(self, progress: dict[str, Any], figures: dict[str, float], part: float) -> None:
+        """Called after every step; writes the mean of the steps since the last line."""
+        self._recent.append(figures)
+        now = time.perf_counter()
+        if now - self._shown < EVERY and part < 1:
+            return
+        recent, self._recent = self._recent, []
+        total = {key: sum(f.get(key, 0.0) for f in recent) for key in recent[-1]}
+        means = {key: value / len(recent) for key, value in total.items()}
+        spent = max(1e-9, total["step_seconds"])
+        means |= {
+            "audio_per_second": total["audio_seconds"] / spent,
+            "tokens_per_second": total["tokens"] / spent,
+            "memory_gb": _memory(),
+        }
+        self._shown = now
+        self._write("train", progress, means)
+        left = progress["seconds"] * (1 - part) / part if part > 0 else float("inf")
+        extra = "".join(
+            f"  {key} {means[key]:.3f}" for key in ("ctc", "won", "margin") if key in means
+        )
+        self.note(
+            f"step {progress['step']}  {100 * part:.0f} %  loss {means['loss']:.4f}{extra}"
+            f"  lr {means['lr']:.2e}  {means['tokens_per_second']:.0f} tokens/s"
+            f"  {means['audio_per_second']:.0f} s of audio/s  {means['memory_gb']:.1f} GB"
+            f"  {left / 60:.0f} min left"
+        )
+
+    def evaluation(self, progress: dict[str, Any], figures: dict[str, Any]) -> None:
+        self._write("valid", progress, figures)
+        numbers = [f"{key} {value:.4f}" for key, value in figures.items() if key != "samples"]
+        self.note(f"step {progress['step']}  " + "  ".join(numbers))
+        for source, wanted, said in figures.get("samples", [])[:8]:
+            self.note(f"    {source}: {wanted!r} -> {said!r}")
+
+    def _write(self, kind: str, progress: dict[str, Any], figures: dict[str, Any]) -> None:
+        if self.quiet:
+            return
+        known = {key: value for key, value in progress.items() if key != "alphabet"}
+        line = json.dumps({"kind": kind, **known, **figures}, ensure_ascii=False)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with (self.out / LOG).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.out / LOG}: cannot write it ({error.strerror})"
+            ) from error
+        if self._board is not None:
+            for key, value in figures.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{kind}/{key}", value, progress["step"])
+
+    def forget_after(self, step: int) -> None:
+        """Drop lines of steps that a resumed run will take again."""
+        path = self.out / LOG
+        if self.quiet or not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (
+                ValueError,
+                KeyError,
+            ):  # the line that was being written when the run was killed
+                continue
+        part = path.with_suffix(".part")
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(path)
+
+    def finish(self) -> None:
+        if self._board is not None:
+            self._board.close()
+        if not self.quiet:
+            plot(self.out)
+
+
+def plot(out: Path) -> Path | None:
+    """Draw the losses of out/log.jsonl to out/loss.png, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    lines = [json.loads(line) for line in (out / LOG).read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for kind, key in (("train", "loss"), ("train", "ctc"), ("valid", "valid_loss")):
+        points = [
+            (line["step"], line[key]) for line in lines if line["kind"] == kind and key in line
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=key, marker="o" if kind == "valid" else "")
+    axes.set(xlabel="step", ylabel="nats a token", title=out.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out / "loss.png", dpi=120)
+    return out / "loss.png"
+
+
+def _memory() -> float:
+    """The most this process has held, GB: of the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def samples(model: Qwen2Audio, tokenizer: Tokenizer, examples: Sequence[Example]) -> dict[str, Any]:
+    """Greedy answers to the first turn of each row.
+
+    returns  "exact", the part that is right to the letter; "cer", wrong characters of transcripts;
+             "samples", [source, wanted, said] of the first 24
+    """
+    prompts, wanted = [], []
+    for example in examples:
+        begin, end = example.answers[0]
+        ids = example.ids[:begin]
+        clips = example.clips[: _runs(ids, model.config.audio_token_id)]
+        prompts.append(chat.Prompt(ids, clips, [], []))
+        wanted.append(tokenizer.decode(example.ids[begin:end]))
+    pad = tokenizer.id_of("<|endoftext|>")
+    ends = (pad, tokenizer.id_of("<|im_end|>"))
+    settings = Settings(max_new_tokens=64, eos_token_ids=ends, pad_token_id=pad)
+    bins = model.config.audio.num_mel_bins
+    said: list[str] = []
+    for at in range(0, len(prompts), 32):
+        batch = chat.collate(prompts[at : at + 32], pad, num_mel_bins=bins)
+        said += [tokenizer.decode(answer.ids) for answer in generate(model, batch, settings)]
+    triples = list(zip(examples, wanted, said, strict=True))
+    spoken = [(right, text) for example, right, text in triples if example.row.transcript]
+    found: dict[str, Any] = {
+        "exact": sum(right.strip() == text.strip() for _, right, text in triples) / len(triples)
+    }
+    if spoken:
+        wrong = sum(edit_distance(right, text) for right, text in spoken)
+        found["cer"] = wrong / max(1, sum(len(right) for right, _ in spoken))
+    found["samples"] = [[example.row.source, right, text] for example, right, text in triples[:24]]
+    return found
+
+
+def _runs(ids: Sequence[int], token: int) -> int:
+    """How many unbroken runs of a token there are."""
+    before = [-1, *ids]
+    return sum(now == token and last != token for last, now in zip(before, ids, strict=False))
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance in characters."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        corner, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
+    return row[-1]
