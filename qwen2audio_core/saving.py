@@ -111,13 +111,6 @@ def side_files(folder: Path) -> dict[str, bytes]:
     return {name: inside(folder, name).read_bytes() for name in names}
 
 
-def side_files(folder: str | Path) -> dict[str, bytes]:
-    """A checkpoint's tokenizer and small settings, name -> content."""
-    source = Path(folder)
-    names = [name for name in SIDE_FILES if os.path.lexists(source / name)]
-    return {name: inside(source, name).read_bytes() for name in names}
-
-
 def write(
     folder: str | Path,
     config: Qwen2AudioConfig,

@@ -68,7 +68,7 @@ EAGER = {
     "cli": {"typer"},
     "options": {"typer"},
     "serving": {"typer"},
-    "training": {"typer"},
+    "training": {"typer", "safetensors"},
     "quantize_command": {"typer"},
     "web": {"typer"},
 }
@@ -80,6 +80,7 @@ INSIDE = {
     "backends": {KERNELS},
     "compare": {"rich", "transformers"},
     "info": {"rich"},
+    "training": {"matplotlib"},
     "quantize_command": {"rich"},
     "cli": {"rich"},
     "serving": {"fastapi", "starlette", "uvicorn", "h11", "python_multipart", "prometheus_client"},

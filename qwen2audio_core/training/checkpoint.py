@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -90,15 +91,20 @@ def load(place: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group:
     """Put a checkpoint's state into the model and the optimizer."""
     state = _state(model, optimizer)
     try:
+        reader = dcp.FileSystemReader(place / "state")
+        stored = reader.read_metadata().state_dict_metadata.keys()
+        missing = [name for name in state["model"] if f"model.{name}" not in stored]
+        if missing:
+            raise ValueError(f"it has no {missing[0]}")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(
-                state,
-                storage_reader=dcp.FileSystemReader(place / "state"),
-                no_dist=group.world == 1,
-            )
+            # Partial: what has never had a gradient has no moments in the file.
+            planner = DefaultLoadPlanner(allow_partial_load=True)
+            dcp.load(state, storage_reader=reader, planner=planner, no_dist=group.world == 1)
     except _FAILURES as error:
-        raise CheckpointError(f"{place}: does not fit this run ({_reason(error)})") from error
+        raise CheckpointError(
+            f"{place}: does not fit this run ({_reason(error)}); begin anew with another --out"
+        ) from error
     set_state_dict(
         model,
         optimizer,
@@ -106,6 +112,9 @@ def load(place: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group:
         optim_state_dict=state["optimizer"],
         options=StateDictOptions(strict=False),
     )
+    for name, parameter in model.named_parameters():
+        if f"optimizer.state.{name}.step" not in stored:
+            optimizer.state.pop(parameter, None)
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -61,7 +61,16 @@ def train(
     ctc_weight: Annotated[
         float, typer.Option(help="Auxiliary loss on the encoder, for rows named asr...")
     ] = 0.0,
-    ctc_until: Annotated[float, typer.Option(help="Part of the run where it has sunk to 0.")] = 1.0,
+    sounds: Annotated[
+        str | None, typer.Option(help="jsonl of when each speech sound is heard: another one.")
+    ] = None,
+    sounds_weight: Annotated[float, typer.Option(help="Of that loss.")] = 1.0,
+    auxiliary_until: Annotated[
+        float, typer.Option(help="Part of the run where both have sunk to 0.")
+    ] = 1.0,
+    listen_steps: Annotated[
+        int, typer.Option(help="So many steps at first with the auxiliary losses alone.")
+    ] = 0,
     short_first: Annotated[int, typer.Option(help="So many batches in order of length.")] = 0,
     spec_augment: Annotated[
         bool, typer.Option("--spec-augment", help="Mask bands and stretches of the log-mels.")
@@ -131,7 +140,10 @@ def train(
         adapter=adapter if lora else None,
         freeze=tuple(freeze or ()),
         ctc_weight=ctc_weight,
-        ctc_until=ctc_until,
+        sounds=sounds,
+        sounds_weight=sounds_weight,
+        auxiliary_until=auxiliary_until,
+        listen_steps=listen_steps,
         dpo_beta=beta,
         dpo_sft=dpo_sft,
         bf16=not float32,

@@ -5,7 +5,7 @@
 Only the index is in memory: where each line begins, how many seconds and characters it holds. Rows
 are read when their batch is due. Which rows form which batch, and every random change to them,
 follows from the seed, the epoch and the batch's number alone, so a resumed run meets the same
-batches, whatever the number of processes that prepare them.
+batches, whatever the number of processes that prepare them (to rounding: each has one thread).
 
 A row may have any of these forms:
 
@@ -101,6 +101,7 @@ class Batch:
     seconds: float  # of audio
     tokens: int  # without padding
     spoken: list[tuple[int, str]] = field(default_factory=list)  # clip of the batch, its transcript
+    sounds: list[tuple[int, Tensor]] = field(default_factory=list)  # clip, sound of each frame
     pairs: int = 0
     bad: list[str] = field(default_factory=list)  # rows that could not be read, file:line: why
 
@@ -198,7 +199,7 @@ def _turn(turn: Any, where: str) -> dict[str, str]:
         raise InputError(f"{where}: role is {role!r}, expected one of {', '.join(chat.ROLES)}")
     return {
         "role": role,
-        "content": _text(turn, "content" if "content" in turn else "value", where),
+        "content": _text(turn, "value" if "from" in turn else "content", where),
     }
 
 
@@ -446,6 +447,42 @@ def plan(
     return batches
 
 
+class Sounds:
+    """Which speech sound is heard when, as a synthesiser tells it.
+
+    file  jsonl of {"audio": "a.wav", "phones": [[name, seconds of its start], ...], "end": seconds
+          where speech ends}; a name that begins with "_" is a pause
+    """
+
+    def __init__(self, file: str | Path):
+        self.names: dict[str, int] = {"": 0}  # silence
+        self._of: dict[str, tuple[Tensor, Tensor, float]] = {}
+        path = Path(file)
+        for line, _, content in _lines(path):
+            try:
+                row = json.loads(content)
+                starts = torch.tensor([float(start) for _, start in row["phones"]])
+                ids = [0, *(self._number(name) for name, _ in row["phones"])]
+                clip, end = _path(row["audio"], path.parent), float(row["end"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{path}:{line}: expected audio, phones and end ({error!r})"
+                ) from error
+            self._of[clip] = (starts, torch.tensor(ids), end)
+
+    def _number(self, name: str) -> int:
+        return 0 if name.startswith("_") else self.names.setdefault(name, len(self.names))
+
+    def frames(self, clip: str, frames: int) -> Tensor | None:
+        """The sound in the middle of each of the encoder's frames, 50 a second: (frames,) ids,
+        0 for none. None for a clip that the file does not know."""
+        if clip not in self._of:
+            return None
+        starts, ids, end = self._of[clip]
+        middle = (torch.arange(frames) + 0.5) * 0.02
+        return ids[torch.searchsorted(starts, middle, right=True)].masked_fill(middle >= end, 0)
+
+
 # Random changes
 
 
@@ -515,6 +552,7 @@ def collate(
     pairs: bool = False,
     augment: Augment | None = None,
     generator: torch.Generator | None = None,
+    sounds: Sounds | None = None,
 ) -> Batch:
     """Pad at the right, make the labels, compute the log-mels.
 
@@ -537,11 +575,16 @@ def collate(
         for begin, end in spans:
             labels[i, begin:end] = ids[i, begin:end]
     clips: list[Tensor] = []
-    spoken = []
+    spoken, heard = [], []
     for example in examples:
         if example.row.transcript:
             spoken.append((len(clips), example.row.transcript))
-        clips += example.clips
+        for name, clip in zip(example.row.clips, example.clips, strict=True):
+            if sounds is not None:
+                known = sounds.frames(name, clip_lengths(len(clip)).conv_frames)
+                if known is not None:
+                    heard.append((len(clips), known))
+            clips.append(clip)
     mel = conv_frames = None
     if clips:
         mels = [log_mel(clip, num_mel_bins) for clip in clips]
@@ -559,6 +602,7 @@ def collate(
         sum(map(len, clips)) / SAMPLE_RATE,
         sum(len(tokens) for tokens, _ in written),
         spoken,
+        heard,
         len(examples) if pairs else 0,
     )
 
@@ -575,6 +619,7 @@ class Loader:
         limit: int | None = None,
         pairs: bool = False,
         augment: Augment | None = None,
+        sounds: Sounds | None = None,
     ):
         self.rows = rows
         self.tokenizer = tokenizer
@@ -583,6 +628,7 @@ class Loader:
         self.limit = limit
         self.pairs = pairs
         self.augment = augment
+        self.sounds = sounds
 
     def __getitem__(self, item: tuple[int, list[int]]) -> Batch:
         seed, numbers = item
@@ -595,6 +641,7 @@ class Loader:
             pairs=self.pairs,
             augment=self.augment,
             generator=generator,
+            sounds=self.sounds,
         )
         batch.bad = bad
         return batch

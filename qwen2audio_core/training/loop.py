@@ -25,7 +25,7 @@ from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.model import Qwen2Audio, splice
 from qwen2audio_core.tokenizer import Tokenizer
 from qwen2audio_core.training import checkpoint, lora, losses, parallel, report
-from qwen2audio_core.training.data import Augment, Batch, Example, Loader, Rows, plan
+from qwen2audio_core.training.data import Augment, Batch, Example, Loader, Rows, Sounds, plan
 from qwen2audio_core.training.parallel import Group
 
 Stage = Literal["pretrain", "sft", "dpo"]
@@ -60,8 +60,11 @@ class Settings:
     # What is trained
     adapter: lora.Settings | None = None  # adapters alone
     freeze: tuple[str, ...] = ()  # patterns of parameter names
-    ctc_weight: float = 0.0  # of an auxiliary loss on the encoder
-    ctc_until: float = 1.0  # it falls linearly to 0 at this part of the run
+    ctc_weight: float = 0.0  # of an auxiliary loss on the encoder: which characters, in order
+    sounds: str | None = None  # jsonl of when each speech sound is heard, as data.Sounds says
+    sounds_weight: float = 1.0  # of an auxiliary loss on the encoder: which sound in each frame
+    auxiliary_until: float = 1.0  # both fall linearly to 0 at this part of the run
+    listen_steps: int = 0  # so many at first with the auxiliary losses alone
     dpo_beta: float = 0.1
     dpo_sft: float = 0.0  # weight of the better answers' own loss beside the preference
     # How it is computed
@@ -79,71 +82,103 @@ class Settings:
     def __post_init__(self) -> None:
         if self.stage not in ("pretrain", "sft", "dpo"):
             raise InputError(f"stage is {self.stage!r}, expected pretrain, sft or dpo")
-        for name in ("lr", "clip", "batch_seconds", "batch_tokens", "dpo_beta", "ctc_until"):
+        for name in ("lr", "clip", "batch_seconds", "batch_tokens", "dpo_beta", "auxiliary_until"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, it must be above 0")
         for name in ("accumulate", "save_every", "keep", "eval_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        if self.sounds and self.augment.speed:
+            raise InputError(
+                "clips of another speed have their sounds at other times: leave it out"
+            )
+        if self.listen_steps and not (self.sounds or self.ctc_weight):
+            raise InputError("listen_steps needs an auxiliary loss: give sounds or ctc_weight")
 
 
 class Trainee(nn.Module):
-    """The model, and a head for the auxiliary loss that is not part of it.
+    """The model, and heads for the auxiliary losses that are not part of it.
 
     alphabet    characters of the transcripts; class i + 1 is alphabet[i], 0 the blank; "" for none
+    sounds      how many speech sounds there are to name; 0 for no such head
     lockstep    run every part of the model on every batch, even on one without sound: processes
                 that share the weights wait for one another at each layer
     """
 
-    def __init__(self, model: Qwen2Audio, alphabet: str = "", lockstep: bool = False):
+    def __init__(
+        self, model: Qwen2Audio, alphabet: str = "", sounds: int = 0, lockstep: bool = False
+    ):
         super().__init__()
         self.model = model
         self.lockstep = lockstep
+        self.listening = False  # run the encoder alone
         self.alphabet = {character: i for i, character in enumerate(alphabet, start=1)}
         self._states: Tensor | None = None
+        width, device = model.config.audio.d_model, model.language_model.lm_head.weight.device
         if alphabet:
-            device = model.language_model.lm_head.weight.device
-            self.ctc_head = nn.Linear(model.config.audio.d_model, len(alphabet) + 1, device=device)
+            self.ctc_head = nn.Linear(width, len(alphabet) + 1, device=device)
+        if sounds:
+            self.sounds_head = nn.Linear(width, sounds, device=device)
+        if alphabet or sounds:
             model.audio_tower.layers[-1].register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self._states = output  # (n, T, Da), 50 a second
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Of the batch: "loss", the sum over tokens; "ctc", the sum over clips, with an alphabet;
-        "log_probs" (2N,) of the answers, for pairs, whose "loss" is that of the better ones."""
-        x = self.model.hidden(self._embed(batch))
-        x, labels = losses.supervised(x, batch.labels)
-        logits = self.model.language_model.lm_head(x)
+        """Sums over the batch: "loss" over tokens; with heads for them, "ctc" over clips, "sounds"
+        over frames and how many of these are "right". For pairs, "log_probs" (2N,) of the answers,
+        and the "loss" is that of the better ones."""
         found: dict[str, Tensor] = {}
-        if batch.pairs:
-            wanted = batch.labels[:, 1:] != losses.IGNORE
-            found["log_probs"] = losses.row_log_probs(logits, labels, wanted)
-            found["loss"] = -found["log_probs"][: batch.pairs].sum()
+        if self.listening:
+            if batch.mel is not None or self.lockstep:
+                self._audio(batch)
+            found["loss"] = batch.ids.new_zeros((), dtype=torch.float32)
         else:
-            found["loss"] = losses.next_token(logits, labels)
+            x = self.model.hidden(self._embed(batch))
+            x, labels = losses.supervised(x, batch.labels)
+            logits = self.model.language_model.lm_head(x)
+            if batch.pairs:
+                wanted = batch.labels[:, 1:] != losses.IGNORE
+                found["log_probs"] = losses.row_log_probs(logits, labels, wanted)
+                found["loss"] = -found["log_probs"][: batch.pairs].sum()
+            else:
+                found["loss"] = losses.next_token(logits, labels)
         if self.alphabet and batch.spoken:
             found["ctc"] = self._ctc(batch)
-        elif self.alphabet and self.lockstep:
-            found["loss"] = found["loss"] + 0 * self.ctc_head.weight.sum()
+        if hasattr(self, "sounds_head") and batch.sounds:
+            found["sounds"], found["right"] = self._sounds(batch)
+        if self.lockstep:  # gradients of all heads on all processes
+            for name, parameter in self.named_parameters(recurse=True):
+                if "_head.weight" in name and not name.startswith("model."):
+                    found["loss"] = found["loss"] + 0 * parameter.sum()
         self._states = None
         return found
 
     def _embed(self, batch: Batch) -> Tensor:
-        model, mel, frames = self.model, batch.mel, batch.conv_frames
-        if not batch.pairs and (mel is not None or not self.lockstep):
-            return model.embed(batch.ids, mel, frames)
+        model = self.model
+        if not batch.pairs and not self.lockstep:
+            return model.embed(batch.ids, batch.mel, batch.conv_frames)
         x: Tensor = model.language_model.model.embed_tokens(batch.ids)
-        if mel is None or frames is None:
-            if self.lockstep:
-                bins = model.config.audio.num_mel_bins
-                silence = torch.zeros(1, bins, 5, device=x.device)
-                x = x + 0 * model.encode_audio(silence, torch.tensor([2], device=x.device)).sum()
-            return x
+        audio = self._audio(batch)
+        if batch.conv_frames is None:
+            return x if audio is None else x + 0 * audio.sum()
+        assert audio is not None
         # The clips of the better answers are those of the worse ones: encoded once.
-        audio = model.encode_audio(mel, frames)
+        copies = 2 if batch.pairs else 1
+        places = (batch.conv_frames // 2).repeat(copies)
         is_audio = batch.ids == model.config.audio_token_id
-        return splice(x, is_audio, audio.repeat(2, 1, 1), (frames // 2).repeat(2))
+        return splice(x, is_audio, audio.repeat(copies, 1, 1), places)
+
+    def _audio(self, batch: Batch) -> Tensor | None:
+        """The clips' rows; in lockstep those of a silence where the batch has none."""
+        if batch.mel is not None and batch.conv_frames is not None:
+            return self.model.encode_audio(batch.mel, batch.conv_frames)
+        if not self.lockstep:
+            return None
+        device = batch.ids.device
+        silence = torch.zeros(1, self.model.config.audio.num_mel_bins, 5, device=device)
+        return self.model.encode_audio(silence, torch.tensor([2], device=device))
 
     def _ctc(self, batch: Batch) -> Tensor:
         assert self._states is not None and batch.conv_frames is not None
@@ -158,6 +193,12 @@ class Trainee(nn.Module):
         logits = self.ctc_head(F.layer_norm(states, states.shape[-1:]))
         frames = batch.conv_frames[clips]
         return losses.ctc(logits, frames, targets.to(device), lengths.to(device))
+
+    def _sounds(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert self._states is not None
+        states = torch.cat([self._states[clip, : len(known)] for clip, known in batch.sounds])
+        labels = torch.cat([known for _, known in batch.sounds]).to(states.device)
+        return losses.frames(self.sounds_head(F.layer_norm(states, states.shape[-1:])), labels)
 
 
 def train(settings: Settings) -> Path:
@@ -288,7 +329,9 @@ class Run:
         if settings.recompute:
             _recompute_layers(model)
         torch.manual_seed(settings.seed)
-        self.trainee = Trainee(model, self.progress.alphabet, lockstep=group.world > 1)
+        sounds = Sounds(settings.sounds) if settings.sounds else None
+        kinds = len(sounds.names) if sounds else 0
+        self.trainee = Trainee(model, self.progress.alphabet, kinds, lockstep=group.world > 1)
         parallel.spread(self.trainee, model, group)
         self.trained = [p for p in self.trainee.parameters() if p.requires_grad]
         self.optimizer = self._make_optimizer()
@@ -301,7 +344,7 @@ class Run:
         bins = model.config.audio.num_mel_bins
         loader = partial(Loader, tokenizer=self.tokenizer, num_mel_bins=bins, limit=limit)
         pairs = settings.stage == "dpo"
-        self.loader = loader(rows, pairs=pairs, augment=settings.augment)
+        self.loader = loader(rows, pairs=pairs, augment=settings.augment, sounds=sounds)
         self.valid = loader(Rows([settings.valid])) if settings.valid else None
         self._plans: dict[int, list[list[int]]] = {}
         self._began = time.perf_counter() - self.progress.seconds
@@ -335,7 +378,7 @@ class Run:
         )
 
     def go(self) -> None:
-        """Steps until the end. Everything that is read of the clock is read by the first process."""
+        """Steps until the end."""
         settings, progress = self.settings, self.progress
         batches = self._batches()
         part = self._part()
@@ -446,15 +489,20 @@ class Run:
                 float(sum(batch.supervised for batch in batches)),
                 float(sum(len(batch.spoken) for batch in batches)),
                 float(sum(batch.pairs for batch in batches)),
+                float(sum(len(known) for batch in batches for _, known in batch.sounds)),
                 sum(batch.seconds for batch in batches),
                 float(sum(batch.tokens for batch in batches)),
             ]
         )
-        positions, clips, pairs = (max(1.0, count) for count in counts[:3])
-        ctc_weight = settings.ctc_weight * max(0.0, 1 - part / settings.ctc_until)
+        if counts[0] == 0 and self.progress.step == 0:
+            first = next((line for batch in batches for line in batch.bad), "")
+            raise InputError(f"the first batches hold no row that can be used: {first}")
+        positions, clips, pairs, frames = (max(1.0, count) for count in counts[:4])
+        auxiliary = max(0.0, 1 - part / settings.auxiliary_until)
         lr = self._set_rate(part)
         self.trainee.train()
-        sums = [0.0] * 4  # next token, ctc; won and margin of pairs
+        self.trainee.listening = self.progress.step < settings.listen_steps
+        sums = [0.0] * 6  # next token, ctc; won and margin of pairs; sounds, and how many right
         for batch in batches:
             batch.to(group.device)
             reference = self._reference(batch) if batch.pairs else None
@@ -471,23 +519,29 @@ class Run:
             elif dpo:
                 loss = 0 * found["loss"]  # a batch whose rows are all bad
             if "ctc" in found:
-                auxiliary = found["ctc"] / clips
-                sums[1] += float(auxiliary.detach())
-                loss = loss + ctc_weight * auxiliary
+                sums[1] += float(found["ctc"].detach()) / clips
+                loss = loss + auxiliary * settings.ctc_weight / clips * found["ctc"]
+            if "sounds" in found:
+                sums[4] += float(found["sounds"].detach()) / frames
+                sums[5] += float(found["right"]) / frames
+                loss = loss + auxiliary * settings.sounds_weight / frames * found["sounds"]
             # Gradients are averaged over processes, the counts above are sums over them.
-            (loss * group.world).backward()
+            if loss.requires_grad:  # listening, on a batch without speech, it does not
+                (loss * group.world).backward()
         parallel.average_whole(self.trained, group)
         norm = parallel.clip_gradients(self.trained, settings.clip, group)
         self._update(norm)
-        loss_sum, ctc_sum, won, margin = group.total(sums)
-        self.progress.audio_seconds += counts[3]
-        self.progress.tokens += int(counts[4])
+        loss_sum, ctc_sum, won, margin, sounds, right = group.total(sums)
+        self.progress.audio_seconds += counts[4]
+        self.progress.tokens += int(counts[5])
         figures = {"loss": loss_sum, "norm": norm, "lr": lr}
         if self.progress.alphabet:
             figures["ctc"] = ctc_sum
         if dpo:
             figures |= {"won": won, "margin": margin}
-        return figures | {"audio_seconds": counts[3], "tokens": counts[4]}
+        if settings.sounds:
+            figures |= {"sounds": sounds, "right": right}
+        return figures | {"audio_seconds": counts[4], "tokens": counts[5]}
 
     def _update(self, norm: float) -> None:
         if math.isfinite(norm):
@@ -531,6 +585,7 @@ class Run:
         chosen = torch.randperm(len(rows), generator=generator)[: settings.eval_rows].tolist()
         chosen.sort(key=lambda i: float(rows.seconds[i]))
         self.trainee.eval()
+        self.trainee.listening = False
         total, positions = 0.0, 0
         for at in range(0, len(chosen), 32):
             batch = loader[0, chosen[at : at + 32]]

@@ -165,7 +165,7 @@ def save(model: Qwen2Audio, folder: str | Path, base: str = "") -> None:
     first = next(iter(adapted.values()))
     rank = first.lora_A.shape[0]
     tensors = {
-        f"{_PREFIX}{name}.{part}.weight": tensor.detach().cpu().contiguous()
+        f"{_PREFIX}{_their_name(name)}.{part}.weight": tensor.detach().cpu().contiguous()
         for name, layer in adapted.items()
         for part, tensor in (("lora_A", _whole(layer.lora_A)), ("lora_B", _whole(layer.lora_B)))
     }
@@ -203,15 +203,22 @@ def _whole(parameter: Tensor) -> Tensor:
     return full() if full is not None else parameter
 
 
-def _pattern_of(names: Sequence[str]) -> str:
-    """The adapted layers as a regular expression, which PEFT matches against whole paths.
+def _their_name(name: str) -> str:
+    """A layer's path in the reference library from release 5 on; earlier ones wrote ours."""
+    if name.startswith("language_model.lm_head"):
+        return name.removeprefix("language_model.")
+    return "model." + name.replace("language_model.model.", "language_model.", 1)
 
-    Paths differ between releases of the reference library in what stands before `layers`, so only
-    what stands behind a tower's name is fixed.
-    """
-    tails = sorted({re.escape(re.sub(r"^.*?layers\.", "layers.", name)) for name in names})
-    towers = sorted({name.split(".")[0] for name in names})
-    return f".*({'|'.join(towers)}).*?({'|'.join(tails)})"
+
+def _pattern_of(names: Sequence[str]) -> str:
+    """The adapted layers as a regular expression, which PEFT matches against whole paths: each
+    tower's name, whatever a release has around it, and the path in the tower."""
+    tails: dict[str, list[str]] = {}
+    for name in names:
+        tower, _, rest = name.partition(".")
+        tails.setdefault(tower, []).append(re.escape(rest.removeprefix("model.")))
+    towers = (rf"{tower}\.(?:model\.)?(?:{'|'.join(rest)})" for tower, rest in tails.items())
+    return rf"(?:.*\.)?(?:{'|'.join(towers)})"
 
 
 def load(model: Qwen2Audio, folder: str | Path) -> Settings:

@@ -68,6 +68,14 @@ def dpo(policy: Tensor, reference: Tensor, beta: float) -> Preference:
     return Preference(-F.logsigmoid(margin).sum(), (margin > 0).sum(), margin.detach().sum())
 
 
+def frames(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the negative log-likelihoods of each frame's class, and how many are its likeliest.
+
+    logits (P, K), labels (P,)
+    """
+    return next_token(logits, labels), (logits.argmax(-1) == labels).sum()
+
+
 def ctc(logits: Tensor, frames: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:
     """Connectionist temporal classification: sum over clips of -log p(text | frames) / characters.
 

@@ -58,7 +58,9 @@ class Report:
         self._write("train", progress, means)
         left = progress["seconds"] * (1 - part) / part if part > 0 else float("inf")
         extra = "".join(
-            f"  {key} {means[key]:.3f}" for key in ("ctc", "won", "margin") if key in means
+            f"  {key} {means[key]:.3f}"
+            for key in ("ctc", "sounds", "right", "won", "margin")
+            if key in means
         )
         self.note(
             f"step {progress['step']}  {100 * part:.0f} %  loss {means['loss']:.4f}{extra}"
@@ -127,7 +129,12 @@ def plot(out: Path) -> Path | None:
     lines = [json.loads(line) for line in (out / LOG).read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for kind, key in (("train", "loss"), ("train", "ctc"), ("valid", "valid_loss")):
+    for kind, key in (
+        ("train", "loss"),
+        ("train", "ctc"),
+        ("train", "sounds"),
+        ("valid", "valid_loss"),
+    ):
         points = [
             (line["step"], line[key]) for line in lines if line["kind"] == kind and key in line
         ]

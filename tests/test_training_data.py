@@ -1,0 +1,326 @@
+"""Rows of every form to ids, labels and batches: what is trained on, and what is said of others."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from training_rows import chat_row, official_rows, tone, write_lines
+
+from qwen2audio_core import tiny
+from qwen2audio_core.errors import InputError
+from qwen2audio_core.frontend import clip_lengths
+from qwen2audio_core.tokenizer import Tokenizer
+from qwen2audio_core.training.data import (
+    Augment,
+    Example,
+    Loader,
+    Rows,
+    Sounds,
+    collate,
+    encode,
+    parse,
+    plan,
+)
+from qwen2audio_core.training.losses import IGNORE
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    for name, content in tiny.byte_tokenizer().items():
+        (folder / name).write_bytes(content)
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    tone(folder / "a.wav", 300, 0.5)
+    tone(folder / "b.wav", 500, 0.9)
+    return folder
+
+
+def taught(example: Example, tokenizer: Tokenizer) -> list[str]:
+    return [
+        tokenizer.decode(example.ids[begin:end], skip_special=False)
+        for begin, end in example.answers
+    ]
+
+
+def row_of(raw: dict, folder: Path):
+    return parse(json.loads(json.dumps(raw)), "x.jsonl:1", folder)
+
+
+# Forms
+
+
+def test_the_official_form(tokenizer, clips) -> None:
+    raw = {"audio": "a.wav", "prompt": "Say it: <|en|>", "gt": "hello", "source": "asr_en"}
+    example = encode(row_of(raw, clips), tokenizer)
+    places = clip_lengths(8000).audio_tokens
+    text = tokenizer.decode(example.ids, skip_special=False)
+    assert text == (
+        "<|audio_bos|>" + "<|AUDIO|>" * places + "<|audio_eos|>Say it: <|en|>hello<|endoftext|>"
+    )
+    assert tokenizer.id_of("<|en|>") in example.ids
+    assert taught(example, tokenizer) == ["hello<|endoftext|>"]
+    assert example.row.transcript == "hello"
+
+
+def test_ms_swift_turns_are_taught_with_their_ends_and_nothing_else(tokenizer, clips) -> None:
+    raw = chat_row(["a.wav", "b.wav"], ["First answer.", "Second\nanswer."], source="analysis")
+    example = encode(row_of(raw, clips), tokenizer)
+    assert taught(example, tokenizer) == ["First answer.<|im_end|>", "Second\nanswer.<|im_end|>"]
+    text = tokenizer.decode(example.ids, skip_special=False)
+    assert text.count("<|audio_bos|>") == 2 and "Audio 2: <|audio_bos|>" in text
+    assert text.endswith("Second\nanswer.<|im_end|>")
+    assert [len(clip) for clip in example.clips] == [8000, 14400]
+    assert example.row.transcript == ""
+
+
+def test_a_shifted_mask_would_be_noticed(tokenizer, clips) -> None:
+    example = encode(row_of(chat_row(["a.wav"], ["Yes."]), clips), tokenizer)
+    for begin, end in ((-1, 0), (0, -1), (1, 0)):
+        shifted = [(b + begin, e + end) for b, e in example.answers]
+        wrong = Example(example.ids, shifted, example.clips, example.row)
+        assert taught(wrong, tokenizer) != taught(example, tokenizer)
+
+
+def test_the_template_is_that_of_the_model(tokenizer, clips) -> None:
+    """What precedes an answer is to the token what the model is prompted with."""
+    from qwen2audio_core import chat
+
+    example = encode(row_of(chat_row(["a.wav"], ["Yes."]), clips), tokenizer)
+    question = [
+        {"type": "audio", "audio": str(clips / "a.wav")},
+        {"type": "text", "text": "Question 0?"},
+    ]
+    prompt = chat.encode([{"role": "user", "content": question}], tokenizer)
+    assert example.ids[: example.answers[0][0]] == prompt.ids
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"conversations": [{"from": "human", "value": "<audio>What?"},
+                           {"from": "gpt", "value": "A."}],
+         "audios": ["a.wav"], "system": "Be brief."},
+        {"messages": [{"role": "system", "content": "Be brief."},
+                      {"role": "user", "content": "<audio>What?"},
+                      {"role": "assistant", "content": "A."}], "audios": ["a.wav"]},
+        {"conversations": [{"from": "system", "value": "Be brief."},
+                           {"from": "human", "value": "<audio>What?"}],
+         "chosen": {"from": "gpt", "value": "A."}, "audios": "a.wav"},
+    ],
+)  # fmt: skip
+def test_llama_factory_and_openai_say_the_same(raw, tokenizer, clips) -> None:
+    example = encode(row_of(raw, clips), tokenizer)
+    text = tokenizer.decode(example.ids, skip_special=False)
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAudio 1: ")
+    assert taught(example, tokenizer) == ["A.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        chat_row(["a.wav"], ["Good."], rejected_response="Bad one."),
+        {"conversations": [{"from": "human", "value": "<audio>Question 0?"}], "audios": ["a.wav"],
+         "chosen": {"from": "gpt", "value": "Good."},
+         "rejected": {"from": "gpt", "value": "Bad one."}},
+        {"messages": [{"role": "user", "content": "<audio>Question 0?"}], "audios": ["a.wav"],
+         "chosen": {"role": "assistant", "content": "Good."},
+         "rejected": {"role": "assistant", "content": "Bad one."}},
+    ],
+)  # fmt: skip
+def test_better_and_worse_answers(raw, tokenizer, clips) -> None:
+    example = encode(row_of(raw, clips), tokenizer)
+    begin = example.answers[-1][0]
+    assert taught(example, tokenizer) == ["Good.<|im_end|>"]
+    assert tokenizer.decode(example.rejected[begin:], skip_special=False) == "Bad one.<|im_end|>"
+    assert example.rejected[:begin] == example.ids[:begin]
+    batch = collate([example, example], 0, pairs=True)
+    assert batch.pairs == 2 and len(batch.ids) == 4 and batch.mel.shape[0] == 2
+    learned = [row[row != IGNORE].tolist() for row in batch.labels]
+    assert [tokenizer.decode(ids) for ids in learned] == ["Good."] * 2 + ["Bad one."] * 2
+
+
+BROKEN = [
+    ("{", "not JSON"),
+    ("[]", "expected an object"),
+    ({"text": "x"}, "unknown form, found text"),
+    ({"audio": "a.wav", "prompt": "x", "gt": ""}, "gt is empty"),
+    ({"audio": "a.wav", "gt": "x"}, "prompt is missing"),
+    ({"audio": 3, "prompt": "x", "gt": "y"}, "audio is 3"),
+    ({"audio": "a.wav", "prompt": "x", "gt": "y", "seconds": "1"}, "seconds is '1'"),
+    ({"messages": []}, "messages must be a list"),
+    ({"messages": [{"role": "user"}]}, "messages[0]: content is missing"),
+    ({"messages": [{"role": "bot", "content": "x"}]}, "role is 'bot'"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "the last turn is not the assistant's"),
+    (chat_row([], [""]), "turn is empty"),
+    ({**chat_row([], ["x"]), "audios": ["a.wav"]}, "0 <audio> in the turns for 1 audios"),
+    (chat_row(["none.wav"], ["x"]), "none.wav"),
+]
+
+
+@pytest.mark.parametrize(("raw", "why"), BROKEN, ids=[why for _, why in BROKEN])
+def test_a_bad_row_is_named_and_the_others_stay(raw, why, clips) -> None:
+    good = {"audio": "a.wav", "prompt": "x", "gt": "y", "seconds": 0.5}
+    file = write_lines(clips / "mixed.jsonl", [good, raw, good])
+    rows = Rows([file])
+    assert len(rows) == 2 and len(rows.bad) == 1
+    assert rows.bad[0].startswith(f"{file}:2: ") and why in rows.bad[0], rows.bad
+    assert "\n" not in rows.bad[0]
+    assert rows[1].where == f"{file}:3"
+
+
+def test_faults_found_on_reading_are_named_and_counted(tokenizer, clips) -> None:
+    good = {"audio": "a.wav", "prompt": "x", "gt": "y", "seconds": 0.5}
+    long = {**good, "gt": "y" * 300}
+    file = write_lines(clips / "read.jsonl", [good, {**good, "audio": "gone.wav"}, long])
+    loader = Loader(Rows([file]), tokenizer, limit=256)
+    batch = loader[0, [0, 1, 2]]
+    assert len(batch.ids) == 1
+    assert [line.split(": ")[0] for line in batch.bad] == [f"{file}:2", f"{file}:3"]
+    assert "tokens, the model's context holds 256" in batch.bad[1]
+    empty = loader[0, [1]]
+    assert empty.supervised == 0 and empty.ids.shape == (1, 1) and len(empty.bad) == 1
+
+
+def test_a_clip_over_thirty_seconds_is_a_bad_row(tokenizer, clips) -> None:
+    tone(clips / "long.wav", 300, 31)
+    row = row_of({"audio": "long.wav", "prompt": "x", "gt": "y"}, clips)
+    with pytest.raises(InputError, match=r"x.jsonl:1: .*long.wav is 31.0 s long"):
+        encode(row, tokenizer)
+
+
+# Batches
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Rows:
+    folder = tmp_path_factory.mktemp("rows")
+    return Rows([write_lines(folder / "rows.jsonl", official_rows(folder, 40))])
+
+
+def test_an_epoch_holds_every_row_once_in_full_batches(rows) -> None:
+    batches = plan(rows, 0, batch_seconds=2.0, batch_tokens=10_000)
+    assert sorted(i for batch in batches for i in batch) == list(range(40))
+    for batch in batches:
+        assert float(rows.seconds[batch].max()) * len(batch) <= 2.0 + 1e-5
+    assert plan(rows, 0, batch_seconds=2.0, batch_tokens=10_000) == batches
+    assert plan(rows, 1, batch_seconds=2.0, batch_tokens=10_000) != batches
+    assert plan(rows, 0, batch_seconds=2.0, batch_tokens=10_000, seed=1) != batches
+    by_tokens = plan(rows, 0, batch_seconds=1e9, batch_tokens=100)
+    assert all(float(rows.tokens[batch].max()) * len(batch) <= 100 for batch in by_tokens)
+    assert len(by_tokens) > 5
+
+
+def test_short_rows_may_come_first(rows) -> None:
+    plain = plan(rows, 0, batch_seconds=1.0, batch_tokens=10_000)
+    ordered = plan(rows, 0, batch_seconds=1.0, batch_tokens=10_000, short_first=6)
+
+    def lengths(batches):
+        return [float(rows.tokens[batch].mean()) for batch in batches]
+
+    assert lengths(ordered)[:6] == sorted(lengths(plain)[:6]) != lengths(plain)[:6]
+    assert ordered[6:] == plain[6:]
+    assert plan(rows, 1, batch_seconds=1.0, batch_tokens=10_000, short_first=6) == plan(
+        rows, 1, batch_seconds=1.0, batch_tokens=10_000
+    )
+
+
+def test_a_file_counts_as_its_weight_says(tmp_path) -> None:
+    official = official_rows(tmp_path, 8)
+    one = write_lines(tmp_path / "one.jsonl", official[:4])
+    two = write_lines(tmp_path / "two.jsonl", official[4:])
+    rows = Rows([f"{one}@2.5", f"{two}@0.5"])
+    numbers = [i for batch in plan(rows, 0, batch_seconds=9, batch_tokens=999) for i in batch]
+    counts = [numbers.count(i) for i in range(8)]
+    assert set(counts[:4]) <= {2, 3} and sum(counts[:4]) == 10
+    assert set(counts[4:]) <= {0, 1} and sum(counts[4:]) == 2
+    with pytest.raises(InputError, match="weight is 0"):
+        Rows([f"{one}@0"])
+
+
+def test_padding_is_at_the_right_and_never_learned(tokenizer, rows) -> None:
+    examples = [encode(rows[i], tokenizer) for i in (0, 4)]
+    batch = collate(examples, 7)
+    for example, ids, labels in zip(examples, batch.ids, batch.labels, strict=True):
+        length = len(example.ids)
+        assert ids[:length].tolist() == example.ids and (ids[length:] == 7).all()
+        ((begin, end),) = example.answers
+        assert labels[begin:end].tolist() == example.ids[begin:end]
+        assert (labels[:begin] == IGNORE).all() and (labels[end:] == IGNORE).all()
+    assert batch.supervised == sum(end - begin for e in examples for begin, end in e.answers)
+    assert batch.spoken == [(0, "a"), (1, "aa")]
+    assert batch.tokens == sum(len(example.ids) for example in examples)
+
+
+def test_worker_processes_prepare_the_same_batches(tokenizer, rows) -> None:
+    from torch.utils.data import DataLoader
+
+    loader = Loader(rows, tokenizer, augment=Augment(speed=0.1, noise=0.5, masking=True))
+    items = [(seed, [seed, seed + 1]) for seed in range(4)]
+    alone = [loader[item] for item in items]
+    helped = DataLoader(
+        loader, batch_size=None, sampler=items, num_workers=2, multiprocessing_context="fork"
+    )
+    for a, b in zip(alone, helped, strict=True):
+        assert torch.equal(a.ids, b.ids) and torch.equal(a.labels, b.labels)
+        assert torch.equal(a.conv_frames, b.conv_frames)
+        torch.testing.assert_close(a.mel, b.mel)  # a worker has one thread, which rounds otherwise
+
+
+def test_speech_sounds_become_a_label_for_every_frame(tokenizer, tmp_path) -> None:
+    tone(tmp_path / "a.wav", 300, 0.2)
+    phones = [["_", 0.0], ["h", 0.035], ["i", 0.08], ["_:", 0.14]]
+    known = {"audio": "a.wav", "phones": phones, "end": 0.16}
+    sounds = Sounds(write_lines(tmp_path / "phones.jsonl", [known]))
+    assert list(sounds.names) == ["", "h", "i"]
+    # Frames are 20 ms; their middles are 10, 30, 50, ... ms.
+    clip = str(tmp_path / "a.wav")
+    assert sounds.frames(clip, 10).tolist() == [0, 0, 1, 1, 2, 2, 2, 0, 0, 0]
+    row = {"audio": "a.wav", "prompt": "x", "gt": "y"}
+    example = encode(row_of(row, tmp_path), tokenizer)
+    batch = collate([example, example], 0, sounds=sounds)
+    assert [i for i, _ in batch.sounds] == [0, 1]
+    assert all(len(labels) == int(batch.conv_frames[0]) for _, labels in batch.sounds)
+    assert sounds.frames(str(tmp_path / "b.wav"), 10) is None
+    with pytest.raises(InputError, match=r"phones.jsonl:1: expected audio, phones and end"):
+        Sounds(write_lines(tmp_path / "phones.jsonl", [{"audio": "a.wav"}]))
+
+
+# Random changes
+
+
+def test_speed_changes_the_clip_and_its_places_alike(tokenizer, rows) -> None:
+    loader = Loader(rows, tokenizer, augment=Augment(speed=0.3))
+    audio = tokenizer.id_of("<|AUDIO|>")
+    lengths = set()
+    for seed in range(6):
+        batch = loader[seed, [0]]
+        lengths.add(int(batch.conv_frames))
+        assert int((batch.ids == audio).sum()) == int(batch.conv_frames) // 2
+    assert len(lengths) > 2 and all(15 / 1.3 - 1 <= frames <= 15 / 0.7 + 1 for frames in lengths)
+
+
+def test_noise_lies_between_5_and_30_decibels_below() -> None:
+    clip = torch.sin(torch.arange(16_000) * 0.1)
+    levels = []
+    for seed in range(20):
+        noisy = Augment(noise=1.0).waveform(clip, torch.Generator().manual_seed(seed))
+        ratio = clip.square().mean() / (noisy - clip).square().mean()
+        levels.append(10 * float(ratio.log10()))
+    assert 5 - 0.01 <= min(levels) < 12 and 22 < max(levels) <= 30 + 0.01
+    off = Augment().waveform(clip, torch.Generator().manual_seed(0))
+    assert off is clip
+
+
+def test_masking_puts_bands_to_the_mean_and_leaves_the_rest() -> None:
+    mel = torch.randn(128, 100)
+    masked = Augment(masking=True).mel(mel.clone(), torch.Generator().manual_seed(3))
+    changed = masked != mel
+    assert 0 < changed.float().mean() < 0.8
+    assert torch.allclose(masked[changed], mel.mean())
+    assert torch.equal(Augment().mel(mel, torch.Generator()), mel)

@@ -1,0 +1,398 @@
+"""The loop: the right gradient, the same weights after a kill, and nothing lost on a full disk."""
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_rows import chat_row, checkpoint, official_rows, settings, tone, write_lines
+
+from qwen2audio_core import assistant
+from qwen2audio_core.errors import CheckpointError, InputError
+from qwen2audio_core.training import loop, losses, parallel
+from qwen2audio_core.training.data import Augment, collate
+from qwen2audio_core.training.lora import Settings as Adapter
+from qwen2audio_core.weights import load_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    return checkpoint(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("data")
+    return write_lines(folder / "rows.jsonl", official_rows(folder, 24))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = []
+    for i in range(8):
+        clip = tone(folder / f"{i}.wav", 300 + 50 * i, 0.4)
+        rows.append(chat_row([clip], ["Good."], rejected_response="Bad and long.", seconds=0.4))
+    return write_lines(folder / "pairs.jsonl", rows)
+
+
+def a_run(base: str, data: list[str], out: Path, **more) -> loop.Run:
+    chosen = settings(base, data, out, **more)
+    return loop.Run(chosen, parallel.start("cpu"), loop.read_rows(chosen))
+
+
+def gradients(run: loop.Run, batches, monkeypatch) -> dict[str, torch.Tensor]:
+    """Of one step, before they are clipped."""
+    found = {}
+
+    def keep(parameters, limit, group) -> float:
+        for name, parameter in run.trainee.named_parameters():
+            if parameter.grad is not None:
+                found[name] = parameter.grad.clone()
+        return 1.0
+
+    monkeypatch.setattr(parallel, "clip_gradients", keep)
+    run.step(batches, 0.0)
+    return found
+
+
+def batch_of(run: loop.Run, numbers):
+    return run.loader[0, list(numbers)]
+
+
+def test_accumulated_batches_give_the_gradient_of_one(base, data, tmp_path, monkeypatch) -> None:
+    # Rows 0 to 5 have 2 to 4 tokens to learn: a mean of the batches' means would differ.
+    whole = a_run(base, [data], tmp_path, ctc_weight=0.3)
+    one = gradients(whole, [batch_of(whole, range(6))], monkeypatch)
+    parts = a_run(base, [data], tmp_path, ctc_weight=0.3)
+    sizes = [batch_of(parts, [0]), batch_of(parts, [1, 2, 3, 4, 5])]
+    assert sizes[0].supervised * 5 != sizes[1].supervised
+    two = gradients(parts, sizes, monkeypatch)
+    assert one.keys() == two.keys() and len(one) > 50
+    for name, expected in one.items():
+        torch.testing.assert_close(two[name], expected, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_the_gradient_is_that_of_the_masked_loss(base, data, tmp_path, monkeypatch) -> None:
+    """Against a step written out with the plain forward and a mask over all positions."""
+    run = a_run(base, [data], tmp_path)
+    batch = batch_of(run, range(4))
+    found = gradients(run, [batch], monkeypatch)
+    model = load_model(base).train()
+    logits = model(batch.ids, batch.mel, batch.conv_frames)[:, :-1].flatten(0, 1)
+    labels = batch.labels[:, 1:].flatten()
+    torch.nn.functional.cross_entropy(logits, labels, ignore_index=losses.IGNORE).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            expected = found["model." + name]
+            torch.testing.assert_close(expected, parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+    # The control: learning the prompt as well is another gradient.
+    batch.labels = torch.where(batch.labels == losses.IGNORE, batch.ids, batch.labels)
+    unmasked = gradients(a_run(base, [data], tmp_path), [batch], monkeypatch)
+    name = "model.language_model.lm_head.weight"
+    assert (unmasked[name] - found[name]).abs().max() > 1e-3
+
+
+def test_recomputed_activations_give_the_same_gradient(base, data, tmp_path, monkeypatch) -> None:
+    plain = a_run(base, [data], tmp_path)
+    again = a_run(base, [data], tmp_path, recompute=True)
+    one = gradients(plain, [batch_of(plain, range(4))], monkeypatch)
+    two = gradients(again, [batch_of(again, range(4))], monkeypatch)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(two[name], expected) for name, expected in one.items())
+
+
+def test_recomputing_keeps_less(base, data, tmp_path) -> None:
+    def kept(run: loop.Run) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            run.trainee(batch_of(run, range(8)))["loss"].backward()
+        return sum(sizes.values())
+
+    plain, again = (a_run(base, [data], tmp_path, recompute=flag) for flag in (False, True))
+    assert kept(again) < 0.7 * kept(plain)
+
+
+def test_frozen_parts_stay_as_they_are(base, data, tmp_path) -> None:
+    out = tmp_path / "run"
+    chosen = settings(base, [data], out, freeze=("audio_tower.*", "*.embed_tokens.*"))
+    loop.train(chosen)
+    before = load_model(base, dtype=torch.bfloat16).state_dict()
+    after = load_model(out / "model").state_dict()
+    for name, tensor in before.items():
+        frozen = name.startswith("audio_tower.") or ".embed_tokens." in name
+        assert torch.equal(after[name], tensor) == frozen, name
+    with pytest.raises(InputError, match="no parameter matches 'decoder"):
+        a_run(base, [data], tmp_path, freeze=("decoder.*",))
+    with pytest.raises(InputError, match="nothing is left to train"):
+        a_run(base, [data], tmp_path, freeze=("*",))
+
+
+def test_it_learns_and_the_result_answers(base, data, tmp_path) -> None:
+    out = tmp_path / "run"
+    chosen = settings(
+        base, [data], out, steps=60, batch_seconds=12.0, valid=data, eval_every=60, eval_rows=24,
+        samples=24, ctc_weight=0.5, auxiliary_until=0.5,
+    )  # fmt: skip
+    result = loop.train(chosen)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    (valid,) = [line for line in lines if line["kind"] == "valid"]
+    train = [line for line in lines if line["kind"] == "train"]
+    assert valid["step"] == 60 and valid["valid_loss"] < 1.0, valid
+    assert {"loss", "ctc", "lr", "norm", "tokens_per_second", "audio_per_second"} <= train[
+        -1
+    ].keys()
+    assert (out / "loss.png").stat().st_size > 5_000
+    answers = {said for _, _, said in valid["samples"]}
+    assert answers and answers <= {letter * n for letter in "abcd" for n in (1, 2, 3)}, answers
+    # What was written is a checkpoint like any other.
+    model = assistant.load(str(result))
+    row = json.loads(Path(data).read_text().splitlines()[0])
+    prompt = model.encode_raw(
+        "<|audio_bos|><|AUDIO|><|audio_eos|>Which tone?", [str(Path(data).parent / row["audio"])]
+    )
+    (reply,) = model.stream([prompt], greedy=True, repetition_penalty=1.0).finished()
+    assert reply.text in answers and reply.finish_reason == "stop"
+
+
+def test_the_rate_rises_and_falls(base, data, tmp_path) -> None:
+    run = a_run(base, [data], tmp_path, lr=1.0, warmup=10, floor=0.1)
+    rates = []
+    for step in range(101):
+        run.progress.step = step
+        rates.append(run._set_rate(step / 100))
+    assert rates[0] == pytest.approx(0.1, abs=1e-3) and max(rates) == max(rates[8:12])
+    assert rates[50] == pytest.approx(0.1 + 0.9 * 0.5) and rates[100] == pytest.approx(0.1)
+
+
+# Preference
+
+
+def test_preference_loss_is_its_closed_form() -> None:
+    policy = torch.tensor([-1.0, -2.0, -3.0, -1.0], dtype=torch.float64)
+    reference = torch.tensor([-1.5, -2.0, -2.0, -2.0], dtype=torch.float64)
+    found = losses.dpo(policy, reference, beta=0.5)
+    # margins: 0.5 * (0.5 - -1) = 0.75 and 0.5 * (0 - 1) = -0.5
+    expected = math.log1p(math.exp(-0.75)) + math.log1p(math.exp(0.5))
+    assert found.loss.item() == pytest.approx(expected, abs=1e-12)
+    assert found.won.item() == 1 and found.margin.item() == pytest.approx(0.25)
+
+
+def test_row_log_probs_sum_each_answer() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 7, dtype=torch.float64)
+    labels = torch.randint(0, 7, (2, 5))
+    labels[0, :2] = labels[1, 3:] = losses.IGNORE
+    wanted = labels[:, 1:] != losses.IGNORE
+    gathered, targets = losses.supervised(logits, labels)
+    found = losses.row_log_probs(gathered, targets, wanted)
+    for row in range(2):
+        table = logits[row].log_softmax(-1)
+        expected = sum(
+            table[t - 1, labels[row, t]].item() for t in range(1, 5) if labels[row, t] >= 0
+        )
+        assert found[row].item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("adapter", [None, Adapter(rank=4, alpha=8.0)], ids=["whole", "lora"])
+def test_preference_moves_from_one_half_to_the_better_answers(
+    adapter, base, pairs, tmp_path
+) -> None:
+    run = a_run(
+        base, [pairs], tmp_path, stage="dpo", adapter=adapter, lr=3e-3, warmup=1, batch_seconds=9.0
+    )
+    batch = batch_of(run, range(8))
+    assert batch.pairs == 8 and batch.mel.shape[0] == 8 and batch.ids.shape[0] == 16
+    first = run.step([batch], 0.0)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)  # it is its own reference
+    assert first["margin"] == pytest.approx(0.0, abs=1e-5)
+    for _ in range(12):
+        last = run.step([batch], 0.0)
+    assert last["won"] == 1.0 and last["loss"] < 0.6, last
+
+
+def test_shared_clips_give_the_answers_of_separate_ones(base, pairs, tmp_path) -> None:
+    run = a_run(base, [pairs], tmp_path, stage="dpo")
+    examples, _ = run.loader.examples(range(3))
+    with torch.no_grad():
+        together = run.trainee(collate(examples, run.loader.pad_id, pairs=True))["log_probs"]
+        for i, example in enumerate(examples):
+            alone = run.trainee(collate([example], run.loader.pad_id, pairs=True))["log_probs"]
+            torch.testing.assert_close(together[[i, i + 3]], alone, rtol=1e-4, atol=1e-4)
+            plain = run.trainee(collate([example], run.loader.pad_id))["loss"]
+            assert -alone[0].item() == pytest.approx(plain.item(), rel=1e-4)
+
+
+def test_rows_without_a_worse_answer_are_bad_rows(base, data, pairs, tmp_path, capfd) -> None:
+    run = a_run(base, [data, pairs], tmp_path, stage="dpo", steps=1, batch_seconds=99.0)
+    run.go()
+    assert run.progress.bad == 24
+    assert "no rejected answer to compare with" in capfd.readouterr().err
+    with pytest.raises(InputError, match=r"hold no row that can be used: .*no rejected answer"):
+        a_run(base, [data], tmp_path / "other", stage="dpo", steps=1).go()
+
+
+# Stopping, going on, and what goes wrong
+
+
+TRAIN = """
+import sys
+from training_rows import settings
+from qwen2audio_core.training import loop
+from qwen2audio_core.training.data import Augment
+from qwen2audio_core.training.lora import Settings as Adapter
+base, data, out = sys.argv[1:]
+loop.train(settings(base, [data], out, {options}))
+"""
+OPTIONS = (
+    "steps=9, save_every=2, accumulate=2, ctc_weight=0.5,"
+    " augment=Augment(speed=0.1, noise=0.5, masking=True)"
+)
+WITH_ADAPTER = "steps=9, save_every=2, adapter=Adapter(rank=2, dropout=0.3)"
+
+
+def start(base: str, data: str, out: Path, options: str) -> subprocess.Popen:
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
+    }
+    command = [sys.executable, "-c", TRAIN.format(options=options), base, data, str(out)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("options", [OPTIONS, WITH_ADAPTER], ids=["whole", "lora"])
+def test_killed_at_any_moment_and_gone_on_is_never_stopped(options, base, data, tmp_path) -> None:
+    whole = start(base, data, tmp_path / "whole", options)
+    killed = start(base, data, tmp_path / "killed", options)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoint-00000004").exists():
+        assert time.monotonic() < deadline and killed.poll() is None, killed.stderr.read()
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert whole.wait(120) == 0, whole.stderr.read()
+    assert not (tmp_path / "killed" / "checkpoint-00000009").exists()
+    again = start(base, data, tmp_path / "killed", options)
+    _, errors = again.communicate(timeout=120)
+    assert again.returncode == 0 and "going on from" in errors, errors
+    for folder, names in (
+        ("model", ["model.safetensors"]),
+        ("adapter", ["adapter_model.safetensors"]),
+    ):
+        for name in names:
+            if (tmp_path / "whole" / folder).exists():
+                expected = (tmp_path / "whole" / folder / name).read_bytes()
+                assert (tmp_path / "killed" / folder / name).read_bytes() == expected
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()
+    ]
+    assert steps == sorted(set(steps)) and steps[-1] == 9
+    kept = sorted(p.name for p in (tmp_path / "killed").glob("*checkpoint*"))
+    assert kept == ["checkpoint-00000008", "checkpoint-00000009"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(base, data, tmp_path) -> None:
+    out = tmp_path / "run"
+    run = a_run(base, [data], out, steps=2, save_every=1)
+    run.save()
+    before = sorted(p.relative_to(out) for p in out.rglob("*"))
+    run.progress.step = 1
+    # No file may grow beyond 10 kB: as on a full disk, a write fails in its midst.
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write it .*File too large") as caught:
+            run.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "\n" not in str(caught.value)
+    assert sorted(p.relative_to(out) for p in out.rglob("*")) == before
+    again = a_run(base, [data], out, steps=2)
+    assert again.progress.step == 0
+    run.save()
+    assert a_run(base, [data], out).progress.step == 1
+
+
+def test_parts_without_a_gradient_so_far_go_on_as_well(base, data, tmp_path) -> None:
+    """While the encoder alone learns, the language model has no moments to save."""
+    more = {"listen_steps": 3, "ctc_weight": 1.0, "save_every": 2}
+    loop.train(settings(base, [data], tmp_path / "whole", steps=5, **more))
+    half = a_run(base, [data], tmp_path / "half", steps=5, **more)
+    batches = half._batches()
+    for _ in range(2):
+        half.step([next(batches)], half._part())
+        half.progress.step += 1
+        half._advance()
+    head = half.trainee.model.language_model.lm_head.weight
+    assert head not in half.optimizer.state and len(half.optimizer.state) > 20
+    half.save()
+    loop.train(settings(base, [data], tmp_path / "half", steps=5, **more))
+    one, two = (load_model(tmp_path / name / "model").state_dict() for name in ("whole", "half"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_checkpoint_of_another_shape_is_refused_in_one_line(base, data, tmp_path) -> None:
+    a_run(base, [data], tmp_path).save()
+    with pytest.raises(CheckpointError, match="does not fit this run") as caught:
+        a_run(base, [data], tmp_path, adapter=Adapter())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gradient_that_is_no_number_is_skipped_and_ten_are_an_error(base, data, tmp_path) -> None:
+    run = a_run(base, [data], tmp_path)
+    batch = batch_of(run, [0])
+    batch.mel.fill_(math.nan)
+    before = [p.clone() for p in run.trained]
+    for _ in range(9):
+        run.step([batch], 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, run.trained, strict=True))
+    with pytest.raises(InputError, match="not been finite for 10 steps"):
+        run.step([batch], 0.0)
+
+
+def test_rows_that_cannot_be_read_are_named_and_counted(base, tmp_path, capfd) -> None:
+    rows = official_rows(tmp_path, 6)
+    rows[2]["audio"] = "gone.wav"
+    file = write_lines(tmp_path / "rows.jsonl", [*rows, "{"])
+    run = a_run(base, [file], tmp_path / "run", steps=1, batch_seconds=99.0)
+    run.go()
+    errors = capfd.readouterr().err
+    assert f"{file}:3: " in errors and "gone.wav" in errors and f"{file}:7: not JSON" in errors
+    assert "6 rows, 1 bad" in errors and run.progress.bad == 1
+
+
+def test_no_usable_row_is_an_error_in_one_line(base, tmp_path) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", ["{"])
+    with pytest.raises(InputError, match=r"no row that can be used; the first bad one: .*:1: not"):
+        a_run(base, [file], tmp_path)
+    with pytest.raises(InputError, match="cannot read it"):
+        a_run(base, [str(tmp_path / "none.jsonl")], tmp_path)
+
+
+def test_minutes_end_a_run(base, data, tmp_path) -> None:
+    chosen = settings(base, [data], tmp_path / "run", steps=None, minutes=0.02)
+    loop.train(chosen)
+    run = a_run(base, [data], tmp_path / "run", steps=None, minutes=0.02)
+    assert run.progress.step >= 1 and run._part() == 1.0
+
+
+def test_augmented_batches_differ_by_batch_and_not_by_run(base, data, tmp_path) -> None:
+    runs = [a_run(base, [data], tmp_path, augment=Augment(noise=1.0)) for _ in range(2)]
+    a, b = (next(run._batches()) for run in runs)
+    assert torch.equal(a.mel, b.mel)
+    plain = next(a_run(base, [data], tmp_path)._batches())
+    assert not torch.equal(a.mel, plain.mel)
