@@ -48,7 +48,7 @@ from qwen2audio_core.terminal import (
     quiet_libraries,
     write,
 )
-from qwen2audio_core.training.command import train
+from qwen2audio_core.training.command import merge, rows, train
 from qwen2audio_core.web.command import demo
 
 app = typer.Typer(
@@ -384,6 +384,8 @@ def expand_clips(words: list[str]) -> list[str]:
 
 
 app.command()(train)
+app.command()(rows)
+app.command()(merge)
 
 
 def main() -> NoReturn:

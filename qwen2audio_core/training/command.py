@@ -1,4 +1,4 @@
-"""The command `qwen2audio train`."""
+"""The commands `qwen2audio train`, and `rows` and `merge` for what comes before and after."""
 
 from typing import Annotated, Literal
 
@@ -167,3 +167,70 @@ def train(
     if steps is None and minutes is None:
         raise InputError("say when the run ends: --steps or --minutes")
     typer.echo(loop.train(settings))
+
+
+def rows(
+    folder: Annotated[str, typer.Argument(help="Clips and their texts, a.wav beside a.txt.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder for train.jsonl, valid.jsonl.")],
+    prompt: Annotated[
+        str, typer.Option(help="What the model is asked about every clip.")
+    ] = "Detect the language and recognize the speech:",
+    source: Annotated[str, typer.Option(help="Name of the set; asr...: transcripts.")] = "asr",
+    valid_part: Annotated[float, typer.Option(help="Part of the clips to measure on.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of which clips these are.")] = 0,
+) -> None:
+    """Make rows to train on from a folder of clips and texts.
+
+    Example:
+
+        qwen2audio rows recordings --out data
+    """
+    import json
+    import random
+    from pathlib import Path
+
+    from qwen2audio_core.errors import InputError
+    from qwen2audio_core.training.data import rows_from_folder
+
+    if not 0 <= valid_part < 1:
+        raise InputError(f"--valid-part is {valid_part}, expected 0 up to less than 1")
+    found = list(rows_from_folder(Path(folder), prompt, source))
+    random.Random(seed).shuffle(found)
+    held = round(valid_part * len(found))
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", found[held:]), ("valid", found[:held])):
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in part)
+        (Path(out) / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        hours = sum(row["seconds"] for row in part) / 3600
+        typer.echo(f"{Path(out) / name}.jsonl  {len(part)} rows, {hours:.2f} h")
+
+
+def merge(
+    adapter: Annotated[str, typer.Argument(help="Folder of an adapter, PEFT's format.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder for the whole model.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="What it belongs to; default: as the adapter says."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")
+    ] = False,
+) -> None:
+    """Add an adapter to its model: a checkpoint that every command takes as --model.
+
+    Example:
+
+        qwen2audio merge run/adapter --out my-model
+    """
+    from qwen2audio_core import hub, weights
+    from qwen2audio_core.errors import InputError
+    from qwen2audio_core.training import lora
+
+    base = model or lora.base_of(adapter)
+    if not base:
+        raise InputError(f"{adapter}: does not say what it belongs to, give --model")
+    folder = hub.find(base)
+    whole = weights.load_model(folder)
+    lora.load(whole, adapter)
+    lora.write_merged(whole, out, folder, overwrite)
+    typer.echo(out)

@@ -222,6 +222,31 @@ def _path(clip: str, folder: Path) -> str:
     return clip if "://" in clip or clip.startswith("data:") else str(folder / clip)
 
 
+def rows_from_folder(folder: Path, prompt: str, source: str) -> Iterator[dict[str, Any]]:
+    """Rows of the official form for clips that lie beside their texts, a.wav by a.txt.
+
+    errors  InputError where a clip has no text or an empty one, or where there is no clip at all
+    """
+    suffixes = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
+    clips = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    if not clips:
+        raise InputError(f"{folder}: no clip here, looked for {', '.join(suffixes)}")
+    for clip in clips:
+        try:
+            text = clip.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{clip}: no text beside it in UTF-8, {clip.stem}.txt") from error
+        if not text:
+            raise InputError(f"{clip.with_suffix('.txt')}: empty")
+        yield {
+            "audio": str(clip.resolve()),
+            "prompt": prompt,
+            "gt": text,
+            "source": source,
+            "seconds": round(len(audio.load(str(clip))) / SAMPLE_RATE, 3),
+        }
+
+
 # Rows to examples
 
 Change = Callable[[Tensor], Tensor]  # waveform (N,) to another

@@ -195,6 +195,8 @@ def count(settings: Settings, config: Qwen2AudioConfig) -> tuple[Memory, int, in
             # With recomputation a layer keeps its input alone, and one layer at a time is whole.
             whole = 1 if settings.recompute else depth
             activations += length * layer * whole + length * width * 4 * depth * settings.recompute
+            if tower is model.audio_tower:  # two mel frames a frame, both convolutions and gelus
+                activations += length * size * (2 * config.audio.num_mel_bins + 6 * width)
     head = (tokens // 8) * config.text.vocab_size * (size + 4 + 4)
     return Memory(weights, 4 * trained, 8 * trained, activations, head), trained, everything
 

@@ -7,6 +7,7 @@ model it adapts. Hu et al., arXiv 2106.09685.
     lora.add(model, Settings(rank=8))       train, then lora.save(model, folder)
     with lora.disabled(model): ...          the model without the adapter
     lora.merge(model)                       W + (alpha / rank) B A, plain layers again
+    lora.write_merged(model, folder, base)  the same straight to a checkpoint
 
 An adapter's folder is PEFT's: adapter_config.json and adapter_model.safetensors.
 """
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from qwen2audio_core import saving
 from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.linear import Linear
 from qwen2audio_core.model import Qwen2Audio
@@ -149,6 +151,28 @@ def merge(model: Qwen2Audio) -> None:
         _put(model, name, plain)
 
 
+def write_merged(
+    model: Qwen2Audio, folder: str | Path, companions: str | Path, overwrite: bool = False
+) -> None:
+    """Write the model with its adapters in the weights as a plain checkpoint, layer by layer: the
+    model itself stays as it is, and no more than one merged weight is held.
+
+    companions  the base's folder, for its tokenizer and settings
+    """
+    adapted = {f"{name}.weight": layer for name, layer in layers(model).items()}
+    state = {k: v for k, v in model.state_dict().items() if not k.endswith((".lora_A", ".lora_B"))}
+    dtype = model.language_model.lm_head.weight.dtype
+    saving.write(
+        folder,
+        model.config,
+        {name: tuple(tensor.shape) for name, tensor in state.items()},
+        lambda name: adapted[name].merged() if name in adapted else state[name],
+        dtype,
+        saving.side_files(Path(companions)),
+        overwrite=overwrite,
+    )
+
+
 # PEFT's files
 
 
@@ -219,6 +243,17 @@ def _pattern_of(names: Sequence[str]) -> str:
         tails.setdefault(tower, []).append(re.escape(rest.removeprefix("model.")))
     towers = (rf"{tower}\.(?:model\.)?(?:{'|'.join(rest)})" for tower, rest in tails.items())
     return rf"(?:.*\.)?(?:{'|'.join(towers)})"
+
+
+def base_of(folder: str | Path) -> str:
+    """What an adapter belongs to, as its config says: a hub id, a folder, or "" if it does not."""
+    path = Path(folder) / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: not an adapter, {CONFIG} is missing or broken") from error
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    return base if isinstance(base, str) else ""
 
 
 def load(model: Qwen2Audio, folder: str | Path) -> Settings:

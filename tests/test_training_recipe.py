@@ -1,0 +1,253 @@
+"""docs/finetune.md as a person follows it, and the other ways to look at a data set."""
+
+import json
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_rows import SHAPE, chat_row, checkpoint, official_rows, settings, tone, write_lines
+
+from qwen2audio_core import cli, ops
+from qwen2audio_core.config import Qwen2AudioConfig
+from qwen2audio_core.errors import InputError
+from qwen2audio_core.training import inspect, loop, lora
+from qwen2audio_core.weights import load_model
+
+ROOT = Path(cli.__file__).resolve().parents[1]
+GUIDE = ROOT / "docs" / "finetune.md"
+SMALL = Path(cli.__file__).parent / "assets" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    return checkpoint(tmp_path_factory.mktemp("base") / "model", torch.bfloat16)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run("train", ...) -> what it printed, in this process."""
+
+    def call(*words, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["qwen2audio", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        assert stop.value.code == code, captured.err
+        return captured.out + (captured.err if code else "")
+
+    return call
+
+
+def commands() -> list[list[str]]:
+    blocks = re.findall(r"```bash\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line]
+    assert len(lines) >= 7
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def follow(run, model: str, steps: int, more: list[str]) -> list[str]:
+    """Every command of the guide, on another model and for fewer steps. Returns their outputs."""
+    outputs = []
+    for words in commands():
+        if words[0] in ("train", "merge"):
+            words = [*words, "--model", model]
+        if "--steps" in words:
+            words = [*words, *more]
+            for option, value in (
+                ("--steps", steps),
+                ("--save-every", steps),
+                ("--eval-every", steps),
+            ):
+                words[words.index(option) + 1] = str(value)
+        outputs.append(run(*words))
+    return outputs
+
+
+def test_the_guide_runs_as_it_stands(base, run, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recordings").mkdir()
+    for i in range(10):
+        tone(tmp_path / "recordings" / f"{i + 1:04}.wav", 200 + 40 * i, 0.4)
+        (tmp_path / "recordings" / f"{i + 1:04}.txt").write_text("abc"[i % 3] + "\n")
+    outputs = follow(run, base, 2, ["--samples", "2", "--device", "cpu"])
+    assert "9 rows" in outputs[0] and "1 rows" in outputs[0]
+    assert "9 good, 0 bad" in outputs[1]
+    assert "·<|endoftext|>]" in outputs[2]
+    assert "total" in outputs[3]
+    merged = load_model(tmp_path / "my-model")
+    expected = load_model(base)
+    lora.load(expected, tmp_path / "run" / "adapter")
+    lora.merge(expected)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(merged.state_dict()[name], tensor), name
+    changed = "language_model.model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(load_model(base).state_dict()[changed], merged.state_dict()[changed])
+
+
+@pytest.mark.slow
+def test_the_guide_lowers_the_error_on_new_words(run, tmp_path, monkeypatch) -> None:
+    """On words that the small model never learned, in voices that the adapter never heard."""
+    if not (SMALL / "config.json").exists():
+        pytest.skip("the small model is not part of this checkout")
+    if shutil.which("espeak-ng") is None:
+        pytest.skip("needs the program espeak-ng to speak the new words")
+    words = ["walnut", "lantern", "hammer", "violin", "pepper", "ladder", "saddle", "magnet"]
+    monkeypatch.chdir(tmp_path)
+    draw = random.Random(0)
+
+    def say(folder: str, count: int, voices: list[str]) -> None:
+        (tmp_path / folder).mkdir()
+        for i in range(count):
+            text = " ".join(draw.choices(words, k=draw.randint(1, 3)))
+            path = tmp_path / folder / f"{i + 1:04}.wav"
+            speed, pitch = str(draw.randint(130, 180)), str(draw.randint(35, 65))
+            voice = draw.choice(voices)
+            command = ["espeak-ng", "-v", voice, "-s", speed, "-p", pitch, "-w", str(path), text]
+            subprocess.run(command, check=True)
+            path.with_suffix(".txt").write_text(text)
+
+    say("recordings", 300, ["en-us+m1", "en-us+m3", "en-us+f1", "en-us+f2", "en-gb+m2"])
+    say("held", 60, ["en-us+f4", "en-gb+m5"])
+    run("rows", "held", "--out", "held", "--valid-part", "0", "--prompt", "Recognize the speech:")
+
+    def error(model: str, adapter: Path | None) -> float:
+        chosen = settings(
+            model, ["held/train.jsonl"], tmp_path / "measure", valid="held/train.jsonl",
+            samples=60, eval_rows=60, bf16=True,
+        )  # fmt: skip
+        measured = loop.Run(chosen, loop.parallel.start("cpu"), loop.read_rows(chosen))
+        if adapter is not None:
+            lora.load(measured.trainee.model, adapter)
+        measured.evaluate()
+        lines = (tmp_path / "measure" / "log.jsonl").read_text().splitlines()
+        return json.loads(lines[-1])["cer"]
+
+    before = error(str(SMALL), None)
+    more = ["--samples", "4", "--lr", "1e-3", "--device", "cpu"]
+    more += ["--target", "language_model.model.layers.*_proj", "--target", "audio_tower.layers.*"]
+    follow(run, str(SMALL), 300, more)
+    after = error(str(SMALL), tmp_path / "run" / "adapter")
+    assert after < 0.6 * before, (before, after)
+
+
+def test_a_folder_of_clips_becomes_rows(run, tmp_path) -> None:
+    folder = tmp_path / "clips"
+    (folder / "deep").mkdir(parents=True)
+    for name, text in (("a.wav", "eins"), ("deep/b.wav", "zwei")):
+        tone(folder / name, 300, 0.5)
+        (folder / name).with_suffix(".txt").write_text(text + "\n")
+    run(
+        "rows", folder, "--out", tmp_path / "data", "--valid-part", "0.5", "--prompt", "Say: <|de|>"
+    )
+    lines = [(tmp_path / "data" / f"{name}.jsonl").read_text() for name in ("train", "valid")]
+    found = [json.loads(line) for text in lines for line in text.splitlines()]
+    assert sorted(row["gt"] for row in found) == ["eins", "zwei"]
+    assert all(row["prompt"] == "Say: <|de|>" and row["seconds"] == 0.5 for row in found)
+    (folder / "a.txt").unlink()
+    assert "a.wav: no text beside it" in run("rows", folder, "--out", tmp_path / "data", code=2)
+    assert "no clip here" in run("rows", tmp_path / "data", "--out", tmp_path / "data", code=2)
+
+
+def test_statistics_count_what_is_there(base, tmp_path) -> None:
+    rows = official_rows(tmp_path, 5)
+    clip = tone(tmp_path / "c.wav", 300, 1.0)
+    rows.append(chat_row([clip, clip], ["One.", "Two."], source="analysis"))
+    rows.append({"audio": "gone.wav", "prompt": "x", "gt": "y", "seconds": 1})
+    file = write_lines(tmp_path / "rows.jsonl", [*rows, "{"])
+    page = inspect.statistics(settings(base, [file], tmp_path))
+    assert f"bad  {file}:8: not JSON" in page and f"bad  {file}:7: " in page
+    assert "rows            6 good, 2 bad" in page
+    # Answers of 1, 2, 3, 1, 2 letters with their ends, and two turns of 4 letters with theirs.
+    assert "answers         7 trained on, 24 tokens" in page
+    assert "clips           7 (5 with 1, 1 with 2)" in page
+    assert "least 0.3, median 0.5, 95 % 2.0, most 2.0 s" in page
+    assert "source          asr_tone: 5" in page and "source          analysis: 1" in page
+
+
+def test_masks_are_shown_in_brackets(base, tmp_path) -> None:
+    clip = tone(tmp_path / "c.wav", 300, 0.4)
+    row = chat_row([clip], ["No.", "Yes."], rejected_response="Oh")
+    file = write_lines(tmp_path / "rows.jsonl", [row])
+    page = inspect.masks(settings(base, [file], tmp_path, stage="sft"), 5)
+    assert "·<|AUDIO|> x 10·<|audio_eos|>·\\n·Q·u·e·s·t·i·o·n· ·0·?·<|im_end|>" in page
+    assert "a·s·s·i·s·t·a·n·t·\\n·[N·o·.·<|im_end|>]·\\n·<|im_start|>" in page
+    assert page.endswith("[Y·e·s·.·<|im_end|>]") and f"{file}:1   9 of " in page
+    both = inspect.masks(settings(base, [file], tmp_path, stage="dpo"), 1)
+    assert both.split("rejected: ")[1].endswith("[O·h·<|im_end|>]")
+
+
+def test_the_counted_memory_is_the_memory(base, tmp_path) -> None:
+    """Weights, gradients and moments to the byte; activations against what autograd keeps."""
+    clip = tone(tmp_path / "c.wav", 300, 2.0)
+    row = chat_row([clip], ["a" * 60])
+    file = write_lines(tmp_path / "rows.jsonl", [row] * 4)
+    chosen = settings(base, [file], tmp_path, stage="sft", batch_seconds=8.0, batch_tokens=9999)
+    measured = loop.Run(chosen, loop.parallel.start("cpu"), loop.read_rows(chosen))
+    batch = measured.loader[0, [0, 1, 2, 3]]
+    chosen.batch_tokens = batch.ids.numel()
+    counted, trained, everything = inspect.count(chosen, SHAPE)
+    parameters = list(measured.trainee.model.parameters())
+    assert everything == sum(p.numel() for p in parameters)
+    assert trained == sum(p.numel() for p in parameters if p.requires_grad)
+    assert counted.weights == sum(p.numel() * p.element_size() for p in parameters)
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in parameters}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model = measured.trainee.model
+    for module in model.modules():  # as on a GPU, where no scores are kept
+        if hasattr(module, "attention_op"):
+            module.attention_op = ops.sdpa
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.hidden(model.embed(batch.ids, batch.mel, batch.conv_frames))
+    total = sum(kept.values())
+    measured.step([batch], 0.0)
+    moments = sum(
+        tensor.numel() * tensor.element_size()
+        for state in measured.optimizer.state.values()
+        for tensor in (state["exp_avg"], state["exp_avg_sq"])
+    )
+    assert counted.moments == moments == 8 * trained and counted.gradients == 4 * trained
+    assert 0.7 < counted.activations / total < 1.4, (counted.activations, total)
+
+
+def test_memory_of_an_adapter_on_the_published_shape(tmp_path) -> None:
+    chosen = settings(
+        "unused", ["unused"], tmp_path, adapter=lora.Settings(rank=8), bf16=True, recompute=True,
+        batch_seconds=60.0, batch_tokens=2048,
+    )  # fmt: skip
+    counted, trained, everything = inspect.count(chosen, Qwen2AudioConfig())
+    # 32 layers: q, k, v, o are 4096 x 4096; gate, up and down join 4096 and 11008.
+    assert trained == 32 * 8 * (4 * (4096 + 4096) + 3 * (4096 + 11008)) == 19_988_480
+    assert everything - trained == 8_397_094_912
+    assert counted.weights == 2 * 8_397_094_912 + 4 * trained
+    assert counted.gradients + counted.moments == 12 * trained
+    # The encoder is frozen and lies below all that is trained, so it keeps nothing.
+    chosen.batch_seconds = 600.0
+    assert inspect.count(chosen, Qwen2AudioConfig())[0].activations == counted.activations
+
+
+def test_options_that_do_not_go_together_are_one_line(base, run, tmp_path) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", official_rows(tmp_path, 2))
+    for words, why in (
+        ([], "say when the run ends"),
+        (["--steps", 1, "--target", "x"], "give --lora with it"),
+        (["--steps", 1, "--lr", 0], "lr is 0"),
+        (["--steps", 1, "--device", "tpu"], "device 'tpu'"),
+        (["--steps", 1, "--listen-steps", 5], "needs an auxiliary loss"),
+    ):
+        error = run("train", file, "--model", base, "--out", tmp_path / "o", *words, code=2)
+        assert error.startswith("error: ") and why in error and error.count("\n") == 1, error
+    with pytest.raises(InputError, match="stage is 'rl'"):
+        settings(base, [file], tmp_path, stage="rl")
