@@ -54,7 +54,7 @@ def one_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(one_cache):
-    return assistant.load("tiny")
+    return assistant.load("random")
 
 
 @pytest.fixture
@@ -687,6 +687,15 @@ def test_warnings(host, share, password, expected):
     found = server.warnings(host, share, password)
     assert len(found) == len(expected)
     assert all(part in line for part, line in zip(expected, found, strict=True))
+
+
+def test_a_model_without_meaning_says_so(monkeypatch, tmp_path):
+    trained = tmp_path / "model.safetensors"
+    monkeypatch.setattr(server, "TRAINED", trained)
+    names = ("random", "tiny", "Qwen/Qwen2-Audio-7B-Instruct")
+    assert [server.is_random(name) for name in names] == [True, True, False]
+    trained.touch()
+    assert [server.is_random(name) for name in names] == [True, False, False]
 
 
 def test_ports_and_hosts():

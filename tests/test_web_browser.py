@@ -35,7 +35,7 @@ PATIENCE = 60_000  # ms; the machine may be busy with something else
 def model(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    loaded = assistant.load("tiny")
+    loaded = assistant.load("random")
     yield loaded
     patch.undo()
 

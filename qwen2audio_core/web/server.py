@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PORT = 7860  # and the hundred behind it
 SWEEP_SECONDS = 30.0
+TRAINED = Path(__file__).parents[1] / "assets" / "tiny" / "model.safetensors"
 STYLE = Path(__file__).with_name("style.css")
 
 
@@ -57,7 +58,7 @@ def serving(
         device = str(assistant.device)
         kind = str(assistant.dtype).removeprefix("torch.")
         title = f"{assistant.name or 'model'} · {device} · {kind}"
-        blocks = app.build(sessions, title, random=assistant.name == "tiny")
+        blocks = app.build(sessions, title, random=is_random(assistant.name))
         over = threading.Event()
         sweeper = threading.Thread(target=_sweep, args=(sessions, over), daemon=True)
         sweeper.start()
@@ -114,6 +115,11 @@ def environment(folder: Path) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def is_random(name: str) -> bool:
+    """Whether a model of this name says nothing: "random", and "tiny" where none was trained."""
+    return name == "random" or (name == "tiny" and not TRAINED.is_file())
 
 
 def _same(given: str, password: str) -> bool:
