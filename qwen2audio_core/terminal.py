@@ -27,7 +27,7 @@ def load(
 
     if model in ("tiny", "random"):
         note(
-            f"{model} is a small random model: it shows that everything runs, its words mean nothing"
+            f"{model} is a small random model: it shows that all of it runs, its words mean nothing"
         )
     kind = None if dtype is None else getattr(torch, dtype)
     return assistant.load(model, device, kind, pack=False if no_pack else None, quantize=quantize)
