@@ -102,7 +102,7 @@ def use(
     if choice:
         raise InputError(f"unknown op {next(iter(choice))!r}, a model has {', '.join(PLAIN)}")
     backend = Backend(chosen, reason)
-    pattern = _pattern(layers)
+    pattern = path_pattern(layers)
     for path, module in model.named_modules():
         if pattern.fullmatch(path):
             for op, function in functions.items():
@@ -154,9 +154,12 @@ def triton_kernels() -> Any:
     return found
 
 
-def _pattern(layers: str) -> re.Pattern[str]:
-    """A dotted pattern as a regular expression: * is any name, 2-5 is 2, 3, 4 or 5."""
-    if layers == "*":
+def path_pattern(layers: str, below: bool = True) -> re.Pattern[str]:
+    """A dotted pattern as a regular expression: * is any name, 2-5 is 2, 3, 4 or 5.
+
+    below  also match what lies below a matching module, and everything with a lone *
+    """
+    if layers == "*" and below:
         return re.compile(".*", re.DOTALL)
     parts = []
     for part in layers.split("."):
@@ -166,4 +169,4 @@ def _pattern(layers: str) -> re.Pattern[str]:
             parts.append("(?:" + "|".join(map(str, numbers)) + ")" if numbers else "(?!)")
         else:
             parts.append("[^.]*".join(re.escape(piece) for piece in part.split("*")))
-    return re.compile(r"\.".join(parts) + r"(?:\..*)?")
+    return re.compile(r"\.".join(parts) + (r"(?:\..*)?" if below else ""))

@@ -147,15 +147,33 @@ def attention(
                query sees no key
     Vaswani et al., arXiv 1706.03762, section 3.2.1; grouped heads, arXiv 2305.13245.
     """
-    groups = q.shape[2] // k.shape[2]
-    keys = k.repeat_interleave(groups, dim=2)
-    values = v.repeat_interleave(groups, dim=2)
+    return attend(attention_weights(q, k, causal, key_start, key_end), v)
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    causal: bool = False,
+    key_start: Tensor | None = None,
+    key_end: Tensor | None = None,
+) -> Tensor:
+    """The first half of `attention`: how much each query reads from each key, (B, H, T, S).
+
+    softmax(q k^T / sqrt(C)) over the visible keys, in q's dtype; rows sum to 1, or are 0 where a
+    query sees no key. Arguments as in `attention`.
+    """
+    keys = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     scores = torch.einsum("bthc,bshc->bhts", q, keys) * q.shape[-1] ** -0.5  # (B, H, T, S)
     scores = scores.to(torch.promote_types(q.dtype, torch.float32))
     visible = visible_keys(q.shape[1], k.shape[1], causal, key_start, key_end, q.device)
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
-    weights = torch.softmax(scores, dim=-1).nan_to_num(0.0).to(q.dtype)
+    return torch.softmax(scores, dim=-1).nan_to_num(0.0).to(q.dtype)
+
+
+def attend(weights: Tensor, v: Tensor) -> Tensor:
+    """The second half of `attention`: weights (B, H, T, S) on v (B, S, G, C), to (B, T, H, C)."""
+    values = v.repeat_interleave(weights.shape[1] // v.shape[2], dim=2)
     return torch.einsum("bhts,bshc->bthc", weights, values)
 
 

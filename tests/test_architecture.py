@@ -26,10 +26,11 @@ LAYERS = {
     **dict.fromkeys(
         ("weights", "saving", "quantize", "packing", "tokenizer", "chat", "sampling", "backends"), 3
     ),
-    **dict.fromkeys(("generate", "prefix_cache", "slots", "engine", "probe", "tiny"), 4),
+    **dict.fromkeys(("generate", "prefix_cache", "slots", "engine", "tiny"), 4),
+    **dict.fromkeys(("points", "probe", "layout", "attribution", "word_times"), 4),
     **dict.fromkeys(("assistant", "terminal"), 4),
     **dict.fromkeys(("talk", "transcribe", "compare", "info", "quantize_command", "__init__"), 5),
-    **dict.fromkeys(("training", "evaluation", "web", "serving", "inspect"), 5),
+    **dict.fromkeys(("training", "evaluation", "web", "serving", "inspection"), 5),
     "cli": 6,
     "__main__": 7,
 }
@@ -54,6 +55,11 @@ SIDEWAYS = {
     ("terminal", "assistant"),
     ("assistant", "tiny"),
     ("quantize_command", "info"),
+    ("probe", "points"),
+    ("attribution", "probe"),
+    ("attribution", "layout"),
+    ("word_times", "probe"),
+    ("word_times", "layout"),
     ("engine", "generate"),
     ("engine", "prefix_cache"),
     ("engine", "slots"),
