@@ -2,7 +2,7 @@
 
     batch = answered(prompt, reply.ids, assistant)
     found = occlusion(model, batch, tokens)        tokens: positions in batch.ids, layout["answer"]
-    found.weights[0], found.peak(0)                one weight for each 40 ms; the second it points to
+    found.weights[0], found.peak(0)                a weight for each 40 ms; the second it points to
 
 rollout     how much attention flows from the clip to the token. One run, no gradient; says where
             the model looked, not what for
@@ -106,7 +106,13 @@ def rollout(model: Qwen2Audio, batch: Batch, tokens: Sequence[int]) -> Attributi
 
 
 def gradient(
-    model: Qwen2Audio, batch: Batch, tokens: Sequence[int], *, steps: int = 8
+    model: Qwen2Audio,
+    batch: Batch,
+    tokens: Sequence[int],
+    *,
+    steps: int = 8,
+    rows: int = 8,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Attribution:
     """Gradient of each token's log-odds by the log-mel, times the log-mel's height over silence.
 
@@ -118,31 +124,47 @@ def gradient(
              integrated gradients of Sundararajan et al., arXiv 1703.01365. Where the model is sure
              the plain gradient says little (tests/toy.py: it points to 9 of 30 beeps, 8 steps to
              all of them), so that 8 are the default
+    rows     steps run at once; their activations are kept for the way back, so 1 for large models
+    on_progress  called with (gradients taken, gradients in all)
     """
-    maps = gradient_maps(model, batch, tokens, steps=steps)
+    maps = gradient_maps(model, batch, tokens, steps=steps, rows=rows, on_progress=on_progress)
     return Attribution(torch.stack([_per_token(batch, one.sum(1)) for one in maps]))
 
 
 def gradient_maps(
-    model: Qwen2Audio, batch: Batch, tokens: Sequence[int], *, steps: int = 8
+    model: Qwen2Audio,
+    batch: Batch,
+    tokens: Sequence[int],
+    *,
+    steps: int = 8,
+    rows: int = 8,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """What `gradient` sums, before it does: (K, n, M, F), on the CPU."""
     _, tokens = _check(model, batch, tokens)
     assert batch.mel is not None
-    if steps < 1:
-        raise InputError(f"steps is {steps}, it must be at least 1")
+    if steps < 1 or rows < 1:
+        raise InputError(f"steps are {steps}, {rows} at once: both must be at least 1")
     with torch.inference_mode(False), torch.enable_grad():
         floor = _floor(batch)
         height = batch.mel.detach().clone() - floor
         total = torch.zeros(len(tokens), *height.shape)
-        for step in range(steps):
-            part = (step + 0.5) / steps if steps > 1 else 1.0
-            mel = (floor + part * height).requires_grad_(True)
-            scores = _score(model, batch, mel, tokens)
+        parts = [(step + 0.5) / steps if steps > 1 else 1.0 for step in range(steps)]
+        for first in range(0, steps, rows):
+            group = torch.tensor(parts[first : first + rows], device=height.device)
+            mel = (floor + group[:, None, None, None] * height).requires_grad_(True)
+            scores = _score(model, batch, mel.flatten(0, 1), tokens, len(group)).view(
+                len(group), -1
+            )
             for i in range(len(tokens)):
-                (slope,) = torch.autograd.grad(scores[i], mel, retain_graph=i < len(tokens) - 1)
-                total[i] += slope.float().cpu()
-    return total / steps * height.cpu()
+                # A copy's score depends on its own mel alone: one way back serves all of them.
+                (slope,) = torch.autograd.grad(
+                    scores[:, i].sum(), mel, retain_graph=i < len(tokens) - 1
+                )
+                total[i] += slope.sum(0).float().cpu()
+                if on_progress is not None:
+                    on_progress(first * len(tokens) + (i + 1) * len(group), steps * len(tokens))
+    return total / steps * height.float().cpu()
 
 
 def occlusion(

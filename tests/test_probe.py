@@ -76,7 +76,7 @@ def test_every_position_of_a_conversation_is_named(both):
     ]
     prompt = chat.encode(turns, tokenizer, system="Be brief.")
     layout = Layout.of(
-        prompt.ids, tokenizer, tokenizer.encode("No") + [tokenizer.id_of("<|im_end|>")]
+        prompt.ids, tokenizer, [*tokenizer.encode("No"), tokenizer.id_of("<|im_end|>")]
     )
     assert len(layout.kinds) == len(layout.ids) == len(layout.pieces) == len(prompt.ids) + 3
 
@@ -113,20 +113,19 @@ def test_a_raw_prompt_is_text_around_its_clips(both):
         layout.seconds(0)
 
 
-def test_a_token_across_the_end_of_the_markup_counts_as_markup(both):
+def test_a_token_across_the_end_of_the_markup_counts_as_markup():
+    marks = ("<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
+    words = {10: b"user", 11: b"\n\n", 12: b"Hi", 13: b"\n"}
+    words |= {number: mark.encode() for number, mark in enumerate(marks, 1)}
+
     class Merged:
         """The published tokenizer writes a role's line end and the next as one token."""
 
-        names = {"<|im_start|>": 1, "<|im_end|>": 2, "<|AUDIO|>": 3, "<|audio_bos|>": 4}
-        names |= {"<|audio_eos|>": 5}
-        words = {10: b"user", 11: b"\n\n", 12: b"Hi", 13: b"\n"}
-
         def id_of(self, name):
-            return self.names[name]
+            return 1 + marks.index(name)
 
         def bytes_of(self, token, skip_special):
-            back = {number: name.encode() for name, number in self.names.items()}
-            return back.get(token) or self.words[token]
+            return words[token]
 
     layout = Layout.of([1, 10, 11, 12, 2, 13], Merged())
     assert layout.kinds == ["template"] * 3 + ["text"] + ["template"] * 2
@@ -417,9 +416,11 @@ def test_ablation_by_the_mean_at_some_positions(model, batch):
     def keep(x, point):
         seen["mlp"] = x.clone()
 
-    with probe.ablate(model, "blocks.0.hook_mlp_out", positions=slice(2, 4), mean=True):
-        with probe.hooks(model, {"blocks.0.hook_mlp_out": keep}):  # it sees what the first left
-            logits_of(model, batch)
+    with (
+        probe.ablate(model, "blocks.0.hook_mlp_out", positions=slice(2, 4), mean=True),
+        probe.hooks(model, {"blocks.0.hook_mlp_out": keep}),  # it sees what the first left
+    ):
+        logits_of(model, batch)
     _, plain = probe.run_with_cache(model, batch, "blocks.0.hook_mlp_out")
     expected = plain["mlp_out", 0].clone()
     expected[:, 2:4] = expected.mean(1, keepdim=True)
@@ -442,9 +443,11 @@ def test_steering_adds_a_vector_also_to_every_new_token(model, batch):
     assert again == answer.ids
     # At the prompt's last position alone, the tokens behind it are left alone.
     T = batch.ids.shape[1]
-    with probe.steer(model, "blocks.1.hook_resid_post", vector, 9.0, positions=[T - 1]):
-        with probe.record(model, "blocks.2.hook_resid_pre", all_calls=True) as seen:
-            (other,) = generate(model, batch, GREEDY)
+    with (
+        probe.steer(model, "blocks.1.hook_resid_post", vector, 9.0, positions=[T - 1]),
+        probe.record(model, "blocks.2.hook_resid_pre", all_calls=True) as seen,
+    ):
+        (other,) = generate(model, batch, GREEDY)
     whole = replace(whole, ids=torch.cat((batch.ids, torch.tensor([other.ids[:-1]])), 1))
     with probe.steer(model, "blocks.1.hook_resid_post", vector, 9.0, positions=[T - 1]):
         _, once = probe.run_with_cache(model, whole, "blocks.2.hook_resid_pre")

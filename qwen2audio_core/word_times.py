@@ -1,0 +1,215 @@
+"""When each word of a transcript was said, read from the attention that wrote it.
+
+Some heads of the language model look at the place in the clip that they are writing down, so that
+their attention, answer tokens against audio tokens, shows a rising path:
+
+    weights (heads, K, A) --mean of the heads whose path is clearest--> one matrix
+        --best path that never goes back--> audio tokens of each answer token --> words in seconds
+
+As in Whisper (arXiv 2212.04356, its published timing code), where the heads come from a list;
+here each clip chooses its own.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qwen2audio_core.chat import Batch
+from qwen2audio_core.errors import InputError
+from qwen2audio_core.frontend import SAMPLE_RATE, SECONDS_PER_TOKEN
+from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.probe import hooks, run
+from qwen2audio_core.tokenizer import Tokenizer
+
+HEADS = 8  # whose attention is averaged, out of all
+QUIET = 10 ** (-35 / 20)  # below the loudest 40 ms of the clip, counts as a pause
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word and when it was said, in seconds from the beginning of the clip."""
+
+    text: str
+    start: float
+    end: float
+    probability: float  # mean of its tokens', as the model gave them
+
+
+class Path(NamedTuple):
+    """The audio tokens that each answer token was written from."""
+
+    first: list[int]
+    last: list[int]  # inclusive; several answer tokens may share one
+    heads: list[tuple[int, int]]  # (layer, head) that were read
+
+
+def word_times(
+    model: Qwen2Audio,
+    tokenizer: Tokenizer,
+    batch: Batch,
+    answer: Sequence[int],
+    waveform: Tensor | None = None,
+    heads: Sequence[tuple[int, int]] | None = None,
+) -> list[Word]:
+    """The words of one answer to one clip.
+
+    batch     prompt and answer in one row (attribution.answered), with one clip
+    answer    the answer's ids, the last ones of the row; special tokens among them are no words
+    waveform  (N,) the clip; pauses in it are then taken off the ends of words
+    heads     (layer, head) to read; None for the clearest
+    """
+    columns = range(batch.ids.shape[1] - len(answer), batch.ids.shape[1])
+    if batch.ids[0, columns.start :].tolist() != list(answer):
+        raise InputError("the batch must be one row that ends in the answer")
+    places = [i for i, token in enumerate(answer) if tokenizer.bytes_of(token)]
+    if not places:
+        return []
+    path, chances = align(model, batch, [columns[i] for i in places], heads)
+    words = []
+    for text, tokens in split_words([answer[i] for i in places], tokenizer):
+        start = path.first[tokens[0]] * SECONDS_PER_TOKEN
+        end = (path.last[tokens[-1]] + 1) * SECONDS_PER_TOKEN
+        if waveform is not None:
+            start, end = _without_pauses(waveform, start, end)
+        chance = sum(chances[i] for i in tokens) / len(tokens)
+        words.append(Word(text, round(start, 3), round(end, 3), round(chance, 4)))
+    return words
+
+
+def align(
+    model: Qwen2Audio,
+    batch: Batch,
+    tokens: Sequence[int],
+    heads: Sequence[tuple[int, int]] | None = None,
+) -> tuple[Path, list[float]]:
+    """The path of chosen positions through the clip, and each one's probability.
+
+    Only the chosen heads' rows are kept, a layer at a time. InputError where there is no one clip.
+    """
+    audio = (batch.ids[0] == model.config.audio_token_id).nonzero()[:, 0]
+    if len(batch.ids) != 1 or batch.mel is None or len(batch.mel) != 1:
+        raise InputError("words are timed in one conversation with one clip")
+    readers = torch.tensor(list(tokens), device=batch.ids.device) - 1  # they wrote the tokens
+    kept: list[tuple[float, tuple[int, int], Tensor]] = []
+
+    def read(weights: Tensor, layer: int) -> None:
+        seen = standard(weights[0][:, readers][:, :, audio].float())  # (H, K, A)
+        scores = best_path(seen)[1] / (len(tokens) + len(audio))
+        for head, score in enumerate(scores.tolist()):
+            if heads is None or (layer, head) in heads:
+                kept.append((score, (layer, head), seen[head].cpu()))
+        if heads is None:
+            kept.sort(key=lambda one: -one[0])
+            del kept[HEADS:]
+
+    with (
+        torch.inference_mode(),
+        hooks(model, {"blocks.*.attn.hook_pattern": lambda x, point: read(x, point.layer() or 0)}),
+    ):
+        logits = run(model, batch)[0, readers].float().softmax(-1)
+    if not kept:
+        raise InputError(f"the model has none of the heads {list(heads or ())}")
+    chances = logits.gather(-1, batch.ids[0, readers + 1, None])[:, 0].tolist()
+    spans = best_path(torch.stack([one[2] for one in kept]).mean(0, keepdim=True))[0][0]
+    first, last = spans[:, 0].tolist(), spans[:, 1].tolist()
+    return Path(first, last, [one[1] for one in kept]), chances
+
+
+def standard(weights: Tensor) -> Tensor:
+    """Attention (..., K, A), to 0 mean and unit spread over the tokens K, smoothed in time."""
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-9)
+    spread, mean = torch.std_mean(weights, dim=-2, keepdim=True, correction=0)
+    scaled = (weights - mean) / spread.clamp(min=1e-6)
+    padded = torch.nn.functional.pad(scaled.flatten(0, -2)[None], (1, 1), mode="replicate")[0]
+    return padded.unfold(-1, 3, 1).median(-1).values.view_as(weights)
+
+
+def best_path(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The path from the first token and place to the last that gathers most and never goes back.
+
+        D[k, a] = w[k, a] + max(D[k, a-1], D[k-1, a-1], D[k-1, a])
+
+    weights   (H, K, A)
+    returns   spans (H, K, 2), first and last place of each token, inclusive; sums (H,)
+    A row is one running maximum: with S[a] the sum of w[k] up to a,
+    D[k, a] = S[a] + max over b <= a of (enter[b] - S[b-1]).
+    """
+    heads, count, places = weights.shape
+    infinite = weights.new_full((heads, 1), float("-inf"))
+    begun = []  # where the token's part of the path begins, for each place where it may end
+    above = torch.cat((weights.new_zeros(heads, 1), infinite.expand(-1, places - 1)), 1)
+    for k in range(count):
+        sums = weights[:, k].cumsum(-1)
+        before = torch.cat((weights.new_zeros(heads, 1), sums[:, :-1]), 1)
+        diagonal = torch.cat((infinite, above[:, :-1]), 1)
+        enter = torch.maximum(above, diagonal) if k else above
+        best, begin = (enter - before).cummax(-1)
+        begun.append((begin, diagonal > above if k else torch.zeros_like(begin, dtype=torch.bool)))
+        above = sums + best
+    spans = torch.empty(heads, count, 2, dtype=torch.long, device=weights.device)
+    at = torch.full((heads, 1), places - 1, device=weights.device)
+    for k in reversed(range(count)):
+        begin, slanted = begun[k]
+        first = begin.gather(1, at)
+        spans[:, k, 0], spans[:, k, 1] = first[:, 0], at[:, 0]
+        at = first - slanted.gather(1, first).long()
+    return spans, above[:, -1]
+
+
+def split_words(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
+    """(word, which of the ids wrote it): runs without spaces, or single characters of scripts that
+    are written without them. Signs belong to the word before."""
+    owners: list[int] = []  # of each byte
+    content = b""
+    for number, token in enumerate(ids):
+        piece = tokenizer.bytes_of(token)
+        content += piece
+        owners += [number] * len(piece)
+    words: list[tuple[str, list[int]]] = []
+    open_word, at = False, 0
+    for letter in content.decode("utf-8", "surrogateescape"):
+        size = len(letter.encode("utf-8", "surrogateescape"))
+        tokens, at = owners[at : at + size], at + size
+        if letter.isspace():
+            open_word = False
+            continue
+        alone = _unspaced(letter)
+        sign = unicodedata.category(letter)[0] in "PS"
+        if words and (sign or (open_word and not alone)):
+            text, own = words[-1]
+            # A sign's own token says when it was written, not when a word was said.
+            words[-1] = (text + letter, own if sign else own + tokens)
+        else:
+            words.append((letter, list(tokens)))
+        open_word = not alone
+    return [
+        (text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), sorted(set(tokens)))
+        for text, tokens in words
+    ]
+
+
+def _unspaced(letter: str) -> bool:
+    """Whether it belongs to a script written without spaces: Han, Kana, Thai and their kin."""
+    code = ord(letter)
+    return (
+        0x0E00 <= code < 0x1100
+        or 0x3040 <= code < 0xA000
+        or 0xF900 <= code < 0xFB00
+        or (0x20000 <= code < 0x40000)
+    )
+
+
+def _without_pauses(waveform: Tensor, start: float, end: float) -> tuple[float, float]:
+    """The part of a span that is not quiet, to 10 ms; all of it where everything is."""
+    hop = SAMPLE_RATE // 100
+    frames = waveform[: len(waveform) // hop * hop].view(-1, hop).square().mean(-1).sqrt()
+    loud = frames > QUIET * frames.max()
+    first = min(round(start * 100), len(loud) - 1)
+    inside = loud[first : max(first + 1, round(end * 100))].nonzero()[:, 0]
+    if not len(inside):
+        return start, end
+    return (first + int(inside[0])) / 100, (first + int(inside[-1]) + 1) / 100

@@ -1,0 +1,314 @@
+"""Which part of the sound mattered, and when each word was said, against planted truths.
+
+toy.py gives a model and clips of which it is known where the answer lies. The same is asked of the
+bundled model on synthesised speech, where there is one.
+"""
+
+import itertools
+
+import pytest
+import torch
+import toy
+
+from qwen2audio_core import assistant as assistants
+from qwen2audio_core import attribution, chat, probe, word_times
+from qwen2audio_core.attribution import Attribution
+from qwen2audio_core.errors import InputError
+from qwen2audio_core.frontend import clip_lengths
+from qwen2audio_core.word_times import best_path, split_words
+
+METHODS = (attribution.rollout, attribution.gradient, attribution.occlusion)
+SLACK = 0.06  # s, one audio token and a half: what the frontend's windows smear
+
+
+@pytest.fixture(scope="module")
+def heard():
+    return toy.heard()
+
+
+def explained(one, waveform, answer):
+    """(batch of prompt and answer, positions of the answer's tokens)."""
+    prompt = toy.prompt_of(waveform, one)
+    ids = one.tokenizer.encode(answer)
+    batch = attribution.answered(prompt, ids, one.model)
+    return batch, range(len(prompt.ids), len(prompt.ids) + len(ids))
+
+
+def hits(method, one, words, seeds):
+    """How many of the beeps in so many clips the method points to."""
+    found = total = 0
+    for seed in seeds:
+        waveform, letters, starts = toy.example(words, seed)
+        result = method(one.model, *explained(one, waveform, letters))
+        for i, start in enumerate(starts):
+            total += 1
+            found += start - SLACK <= result.peak(i) <= start + toy.WORD + SLACK
+    return found, total
+
+
+def shuffled(one):
+    """The model with every weight in another place of its tensor: it has learned nothing."""
+    other = assistants.load(one.name, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for target, source in zip(other.model.parameters(), one.model.parameters(), strict=True):
+            order = torch.randperm(source.numel(), generator=generator)
+            target.copy_(source.flatten()[order].view_as(source))
+    return other
+
+
+def test_the_toy_hears(heard):
+    right = 0
+    for seed in range(20):
+        waveform, letters, _ = toy.example(1 + seed % 3, seed)
+        reply = heard.stream_prompts([toy.prompt_of(waveform, heard)]).finished()[0]
+        right += reply.text == letters
+    assert right >= 19
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_points_to_the_beep_in_fifty_clips(heard, method):
+    found, total = hits(method, heard, 1, range(50))
+    assert total == 50 and found >= 45, found
+
+
+@pytest.mark.parametrize("method", (attribution.gradient, attribution.occlusion))
+def test_each_letter_points_to_its_own_beep_among_three(heard, method):
+    found, total = hits(method, heard, 3, range(15))
+    assert total == 45 and found >= 38, found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_learned_nothing_points_nowhere(heard, method):
+    found, total = hits(method, shuffled(heard), 1, range(20))
+    assert total == 20 and found <= 10, found  # a guess hits 22 % of the clip
+
+
+# What each of them is
+
+
+def test_log_odds():
+    logits = torch.tensor([[2.0, 0.0, -1.0], [9.0, 90.0, 0.0]])
+    p = logits[0].double().softmax(-1)[1]
+    got = attribution.log_odds(logits, torch.tensor([1, 1]))
+    assert got[0].item() == pytest.approx(float(p.log() - (1 - p).log()), rel=1e-6)
+    assert got[1].item() == pytest.approx(
+        81.0, abs=1e-3
+    )  # where log(1 - p) of the probability is -inf
+
+
+def test_the_gradient_adds_up_to_what_the_clip_changed(heard):
+    """The weights of many steps sum to the score of the clip less that of silence."""
+    waveform, letters, _ = toy.example(2, 0)
+    batch, tokens = explained(heard, waveform, letters)
+    silent = batch.mel.max() - 2
+    scores = []
+    for mel in (batch.mel, torch.full_like(batch.mel, silent.item())):
+        with torch.no_grad():
+            logits = heard.model(batch.ids, mel, batch.conv_frames)
+        at = torch.tensor(tokens)
+        scores.append(attribution.log_odds(logits[0, at - 1], batch.ids[0, at]))
+    maps = attribution.gradient_maps(heard.model, batch, tokens, steps=64)
+    torch.testing.assert_close(maps.sum((1, 2, 3)), scores[0] - scores[1], rtol=0.05, atol=0.3)
+    lengths = clip_lengths(len(waveform))
+    found = attribution.gradient(heard.model, batch, tokens, steps=64).weights
+    assert found.shape == (2, lengths.audio_tokens)
+    inside = maps[:, 0, :, : 4 * lengths.audio_tokens].sum((1, 2))
+    torch.testing.assert_close(found.sum(1), inside)
+
+
+def test_one_step_is_the_plain_gradient_times_the_input(heard):
+    waveform, letters, _ = toy.example(1, 3)
+    batch, tokens = explained(heard, waveform, letters)
+    mel = batch.mel.clone().requires_grad_(True)
+    logits = heard.model(batch.ids, mel, batch.conv_frames)
+    score = attribution.log_odds(logits[0, tokens[0] - 1], batch.ids[0, tokens[0]])
+    (slope,) = torch.autograd.grad(score, mel)
+    expected = slope * (batch.mel - (batch.mel.max() - 2))
+    got = attribution.gradient_maps(heard.model, batch, tokens, steps=1)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_occlusion_is_the_fall_of_the_score_where_the_window_lies(heard):
+    waveform, letters, _ = toy.example(2, 1)
+    batch, tokens = explained(heard, waveform, letters)
+    done = []
+    found = attribution.occlusion(
+        heard.model, batch, tokens, hop=0.2, rows=3, on_progress=lambda *pair: done.append(pair)
+    )
+    assert done == [(3, 7), (6, 7), (7, 7)]  # 32 audio tokens, windows of 5 side by side
+    at = torch.tensor(tokens)
+
+    def score(mel):
+        with torch.no_grad():
+            logits = heard.model(batch.ids, mel, batch.conv_frames)
+        return attribution.log_odds(logits[0, at - 1], batch.ids[0, at])
+
+    hidden = batch.mel.clone()
+    hidden[..., 40:60] = batch.mel.max() - 2
+    expected = score(batch.mel) - score(hidden)
+    for column in range(10, 15):
+        torch.testing.assert_close(found.weights[:, column], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_rollout_is_the_product_of_the_layers(heard):
+    waveform, letters, _ = toy.example(2, 2)
+    batch, tokens = explained(heard, waveform, letters)
+    found = attribution.rollout(heard.model, batch, tokens).weights
+    places = (batch.ids[0] == heard.model.config.audio_token_id).nonzero()[:, 0]
+
+    def flow(layers):
+        product = None
+        with torch.no_grad(), probe.attention_maps(heard.model, layers) as maps:
+            probe.run(heard.model, batch)
+        for weights in maps.values():
+            mean = weights[0].double().mean(0)
+            layer = (mean + torch.eye(len(mean), dtype=torch.double)) / 2
+            product = layer if product is None else layer @ product
+        return product
+
+    text = flow("language_model.model.layers.*")[torch.tensor(tokens) - 1][:, places]
+    audio = flow("audio_tower.layers.*")
+    pooled = audio.view(32, 2, 32, 2).mean(1).sum(-1)
+    torch.testing.assert_close(found.double(), text @ pooled, rtol=1e-4, atol=1e-6)
+    assert (found.sum(1) <= 1).all() and (found >= 0).all()
+
+
+def test_two_clips_lie_behind_one_another(heard):
+    tokenizer = heard.tokenizer
+    first, second = toy.clip("a", [0.3], 0.8, 0), toy.clip("b", [0.4], 1.2, 1)
+    text = "<|audio_bos|><|AUDIO|><|audio_eos|><|audio_bos|><|AUDIO|><|audio_eos|>?"
+    prompt = chat.encode_raw(text, [first, second], tokenizer, sampling_rate=toy.RATE)
+    batch = attribution.answered(prompt, tokenizer.encode("ab"), heard.model)
+    tokens = [len(prompt.ids), len(prompt.ids) + 1]
+    for method in METHODS:
+        assert method(heard.model, batch, tokens).weights.shape == (2, 20 + 30)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_cannot_be_attributed(heard, method):
+    waveform, letters, _ = toy.example(1, 0)
+    batch, _ = explained(heard, waveform, letters)
+    for tokens in ([], [0], [batch.ids.shape[1]]):
+        with pytest.raises(InputError, match="tokens to explain are positions 1 to"):
+            method(heard.model, batch, tokens)
+    silent = chat.Batch(torch.tensor([[1, 2]]), torch.ones(1, 2), None, None)
+    with pytest.raises(InputError, match="with at least one clip"):
+        method(heard.model, silent, [1])
+
+
+def test_the_peak_is_the_middle_of_what_weighs_most():
+    weights = torch.zeros(2, 50)
+    weights[0, 10:15] = 1.0
+    weights[1, 3] = 5.0  # one high value alone loses against a neighbourhood
+    weights[1, 30:35] = 1.5
+    weights[1, 40:45] = -9.0
+    found = Attribution(weights)
+    assert found.peak(0) == pytest.approx(0.5)
+    assert found.peak(1) == pytest.approx(1.3)
+
+
+# Word times
+
+
+def test_the_best_path_is_the_best_of_all_paths():
+    generator = torch.Generator().manual_seed(0)
+    for count, places in ((1, 4), (2, 5), (3, 4), (4, 3), (5, 2)):
+        weights = torch.randn(3, count, places, generator=generator)
+        spans, sums = best_path(weights)
+        for head in range(3):
+            best = max(
+                (sum(weights[head, k, a].item() for k, a in path), path)
+                for path in monotone(count, places)
+            )
+            assert sums[head].item() == pytest.approx(best[0], abs=1e-5)
+            for k in range(count):
+                own = [a for row, a in best[1] if row == k]
+                assert spans[head, k].tolist() == [own[0], own[-1]]
+
+
+def monotone(count, places):
+    """Every path from (0, 0) to the last cell by steps right, down and both."""
+
+    def walk(path):
+        k, a = path[-1]
+        if (k, a) == (count - 1, places - 1):
+            yield path
+        for dk, da in ((0, 1), (1, 0), (1, 1)):
+            if k + dk < count and a + da < places:
+                yield from walk([*path, (k + dk, a + da)])
+
+    return walk([(0, 0)])
+
+
+def test_words_of_texts_with_and_without_spaces(heard):
+    def split(text):
+        ids = heard.tokenizer.encode(text)
+        words = split_words(ids, heard.tokenizer)
+        spelled = [heard.tokenizer.decode([ids[i] for i in own]).strip() for _, own in words]
+        return [word for word, _ in words], spelled
+
+    assert split(" Hello, big  world!")[0] == ["Hello,", "big", "world!"]
+    assert split("Hello, world")[1] == ["Hello", "world"]  # a sign says nothing about time
+    assert split("l'été") == (["l'été"], ["lété"])
+    words, tokens = split("你好 world。")
+    assert words == ["你", "好", "world。"] and tokens[0] == "你"
+    assert split("") == ([], [])
+
+
+def planted(places, audio, tokens, width, generator):
+    """Attention (H, K, A) of which the second head looks at `places`, the others anywhere."""
+    weights = torch.rand(4, tokens, audio, generator=generator) ** 4
+    for k, place in enumerate(places):
+        middle = torch.arange(audio) - place
+        weights[1, k] = torch.exp(-((middle / width) ** 2)) + 0.01 * weights[1, k]
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def test_words_stand_where_a_head_looked(heard):
+    """The attention of one head is planted, and words and beeps are found where it lies."""
+    generator = torch.Generator().manual_seed(3)
+    errors = []
+    for seed in range(10):
+        waveform, letters, starts = toy.example(3, seed)
+        text = " ".join(letters)  # three words, spaces between
+        batch, tokens = explained(heard, waveform, text)
+        audio = (batch.ids[0] == heard.model.config.audio_token_id).nonzero()[:, 0]
+        middles = [(start + toy.WORD / 2) / 0.04 for start in starts]
+        rows = [middles[0], middles[0], middles[1], middles[1], middles[2]]
+        pattern = torch.zeros(1, 4, batch.ids.shape[1], batch.ids.shape[1])
+        made = planted(rows, len(audio), len(tokens), 2.0, generator)
+        for k, token in enumerate(tokens):
+            pattern[0, :, token - 1, audio] = made[:, k]
+        at = [token - 1 for token in tokens]
+        with probe.patch(heard.model, "blocks.1.attn.hook_pattern", pattern, positions=at):
+            words = word_times.word_times(
+                heard.model,
+                heard.tokenizer,
+                batch,
+                heard.tokenizer.encode(text),
+                waveform,
+                heads=[(1, 1)],
+            )
+        assert [word.text for word in words] == list(letters)
+        for word, start in zip(words, starts, strict=True):
+            errors += [abs(word.start - start), abs(word.end - start - toy.WORD)]
+    assert sum(errors) / len(errors) < 0.05 and max(errors) < 0.2, errors
+
+
+def test_chosen_heads_and_what_cannot_be_timed(heard):
+    waveform, letters, _ = toy.example(3, 1)
+    batch, tokens = explained(heard, waveform, letters)
+    path, chances = word_times.align(heard.model, batch, tokens, heads=[(0, 3), (1, 2)])
+    assert path.heads == [(0, 3), (1, 2)] and len(path.first) == len(chances) == 3
+    assert path.first[0] == 0 and path.last[-1] == 31
+    assert all(
+        a <= b for a, b in itertools.pairwise([x for p in zip(path.first, path.last, strict=True) for x in p])
+    )
+    with pytest.raises(InputError, match="none of the heads"):
+        word_times.align(heard.model, batch, tokens, heads=[(9, 9)])
+    with pytest.raises(InputError, match="must be one row that ends in the answer"):
+        word_times.word_times(heard.model, heard.tokenizer, batch, [1, 2])
+    end = heard.tokenizer.id_of("<|im_end|>")
+    whole = attribution.answered(toy.prompt_of(waveform, heard), [end], heard.model)
+    assert word_times.word_times(heard.model, heard.tokenizer, whole, [end]) == []
