@@ -19,6 +19,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from qwen2audio_core.errors import InputError
+from qwen2audio_core.inspection.command import inspect
 from qwen2audio_core.options import (
     Audio,
     Device,
@@ -357,6 +358,7 @@ def info(
 app.command()(serve)
 app.command("quantize")(quantize_checkpoint)
 app.command()(demo)
+app.command()(inspect)
 
 
 def expand_clips(words: list[str]) -> list[str]:

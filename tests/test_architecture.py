@@ -74,6 +74,7 @@ EAGER = {
     "cli": {"typer"},
     "options": {"typer"},
     "serving": {"typer"},
+    "inspection": {"typer"},
     "training": {"typer", "safetensors"},
     "quantize_command": {"typer"},
     "web": {"typer"},
@@ -91,10 +92,12 @@ INSIDE = {
     "cli": {"rich"},
     "serving": {"fastapi", "starlette", "uvicorn", "h11", "python_multipart", "prometheus_client"},
     "web": {"gradio", "starlette"},
+    "inspection": {"matplotlib", "numpy", "rich"},
 }
 # Not needed to import the core: the extras, and what only some calls use.
 OPTIONAL = (
     "av",
+    "matplotlib",
     "torchaudio",
     "transformers",
     "librosa",

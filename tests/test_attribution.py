@@ -303,7 +303,10 @@ def test_chosen_heads_and_what_cannot_be_timed(heard):
     assert path.heads == [(0, 3), (1, 2)] and len(path.first) == len(chances) == 3
     assert path.first[0] == 0 and path.last[-1] == 31
     assert all(
-        a <= b for a, b in itertools.pairwise([x for p in zip(path.first, path.last, strict=True) for x in p])
+        a <= b
+        for a, b in itertools.pairwise(
+            [x for p in zip(path.first, path.last, strict=True) for x in p]
+        )
     )
     with pytest.raises(InputError, match="none of the heads"):
         word_times.align(heard.model, batch, tokens, heads=[(9, 9)])
