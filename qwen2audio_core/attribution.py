@@ -26,6 +26,7 @@ from qwen2audio_core.chat import Batch, Prompt
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.frontend import SECONDS_PER_TOKEN
 from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.points import Change, Point
 from qwen2audio_core.probe import hooks
 
 FRAMES_PER_TOKEN = 4  # mel frames of 10 ms
@@ -69,28 +70,39 @@ def log_odds(logits: Tensor, ids: Tensor) -> Tensor:
 def rollout(model: Qwen2Audio, batch: Batch, tokens: Sequence[int]) -> Attribution:
     """Attention rollout, through all layers of the language model and of the audio tower.
 
-    Each layer hands on half of what it reads by attention, the mean over its heads, and half of
-    what stood there; the product over the layers says what of the clip arrived at the position
-    that wrote the token. Abnar and Zuidema, arXiv 2005.00928.
+        flow = (r + (1 - r) attention) flow of the layer below        attention: mean of the heads
+
+    says what of the clip arrived at the position that wrote the token. r is what the layer leaves
+    as it was, |x|^2 / (|x|^2 + |a|^2) of each position's stream x and of what attention adds to it,
+    a. With the fixed r = 1/2 of the first description (Abnar and Zuidema, arXiv 2005.00928) the
+    audio tower, which changes its stream little, blurs all of it; that norms must count is from
+    Kobayashi et al., arXiv 2109.07152.
     """
     places, tokens = _check(model, batch, tokens)
     flow: dict[str, Tensor] = {}
+    stream: dict[str, Tensor] = {}
+    mean: dict[str, Tensor] = {}
 
-    def add(weights: Tensor, tower: str) -> None:
-        mean = weights.detach().float().mean(1)  # (B, T, T)
-        layer = 0.5 * mean + 0.5 * torch.eye(mean.shape[-1], device=mean.device)
-        flow[tower] = layer @ flow[tower] if tower in flow else layer
+    def watch(tower: str, prefix: str) -> dict[str, Change]:
+        def before(x: Tensor, point: Point) -> None:
+            stream[tower] = x.detach().float().square().sum(-1)  # (B, T)
 
-    with (
-        torch.no_grad(),
-        hooks(
-            model,
-            {
-                "blocks.*.attn.hook_pattern": lambda weights, _: add(weights, "text"),
-                "audio.blocks.*.attn.hook_pattern": lambda weights, _: add(weights, "audio"),
-            },
-        ),
-    ):
+        def attend(weights: Tensor, point: Point) -> None:
+            mean[tower] = weights.detach().float().mean(1)  # (B, T, T)
+
+        def behind(x: Tensor, point: Point) -> None:
+            added = x.detach().float().square().sum(-1)
+            kept = (stream[tower] / (stream[tower] + added).clamp(min=1e-20))[..., None]
+            layer = (1 - kept) * mean.pop(tower) + torch.diag_embed(kept[..., 0])
+            flow[tower] = layer @ flow[tower] if tower in flow else layer
+
+        return {
+            f"{prefix}blocks.*.hook_resid_pre": before,
+            f"{prefix}blocks.*.attn.hook_pattern": attend,
+            f"{prefix}blocks.*.hook_attn_out": behind,
+        }
+
+    with torch.no_grad(), hooks(model, watch("text", "") | watch("audio", "audio.")):
         _score(model, batch, batch.mel, tokens)
     readers = torch.tensor(tokens, device=batch.ids.device) - 1  # they wrote the tokens
     of_tokens = flow["text"][0, readers][:, places]  # (K, A)
