@@ -3,11 +3,15 @@
 Some heads of the language model look at the place in the clip that they are writing down, so that
 their attention, answer tokens against audio tokens, shows a rising path:
 
-    weights (heads, K, A) --mean of the heads whose path is clearest--> one matrix
-        --best path that never goes back--> audio tokens of each answer token --> words in seconds
+    r[k, a]       attention of token k to the clip's place a, each row to sum 1: mean of the heads
+                  whose own path is clearest
+    w[k, a]       log(0.7 A r + 0.3) - (t_a - u_k)^2 / (2 sigma^2)
+    path          of the largest sum of w from the first token and place to the last
 
-As in Whisper (arXiv 2212.04356, its published timing code), where the heads come from a list;
-here each clip chooses its own.
+u_k is where token k would lie if letters were spread evenly over what is not silent: a model that
+attends sharply overrules it, one that does not falls back to it. The way by a path through
+attention is Whisper's (its published timing code), where the heads come from a list; here each
+clip chooses its own.
 """
 
 import unicodedata
@@ -25,8 +29,10 @@ from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.probe import hooks, run
 from qwen2audio_core.tokenizer import Tokenizer
 
-HEADS = 8  # whose attention is averaged, out of all
-QUIET = 10 ** (-35 / 20)  # below the loudest 40 ms of the clip, counts as a pause
+HEADS = 4  # whose attention is averaged, out of all
+FLAT = 0.3  # of each row of attention is taken for noise
+SIGMA = 0.3  # s, how far a word may easily lie from an even spread of the letters
+QUIET = 10 ** (-35 / 20)  # of the loudest 10 ms of the clip: what is softer is a pause
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ def word_times(
 
     batch     prompt and answer in one row (attribution.answered), with one clip
     answer    the answer's ids, the last ones of the row; special tokens among them are no words
-    waveform  (N,) the clip; pauses in it are then taken off the ends of words
+    waveform  (N,) the clip at 16 kHz, for its pauses; None takes it for one without
     heads     (layer, head) to read; None for the clearest
     """
     columns = range(batch.ids.shape[1] - len(answer), batch.ids.shape[1])
@@ -68,13 +74,14 @@ def word_times(
     places = [i for i, token in enumerate(answer) if tokenizer.bytes_of(token)]
     if not places:
         return []
-    path, chances = align(model, batch, [columns[i] for i in places], heads)
+    sizes = [len(tokenizer.bytes_of(answer[i]).strip()) for i in places]
+    path, chances = align(model, batch, [columns[i] for i in places], sizes, waveform, heads)
     words = []
     for text, tokens in split_words([answer[i] for i in places], tokenizer):
         start = path.first[tokens[0]] * SECONDS_PER_TOKEN
         end = (path.last[tokens[-1]] + 1) * SECONDS_PER_TOKEN
         if waveform is not None:
-            start, end = _without_pauses(waveform, start, end)
+            start, end = _without_pauses(loud_frames(waveform), start, end)
         chance = sum(chances[i] for i in tokens) / len(tokens)
         words.append(Word(text, round(start, 3), round(end, 3), round(chance, 4)))
     return words
@@ -84,24 +91,29 @@ def align(
     model: Qwen2Audio,
     batch: Batch,
     tokens: Sequence[int],
+    sizes: Sequence[int] | None = None,
+    waveform: Tensor | None = None,
     heads: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[Path, list[float]]:
     """The path of chosen positions through the clip, and each one's probability.
 
+    sizes   of the tokens, in letters, for their even spread; None takes them for equal
     Only the chosen heads' rows are kept, a layer at a time. InputError where there is no one clip.
     """
     audio = (batch.ids[0] == model.config.audio_token_id).nonzero()[:, 0]
     if len(batch.ids) != 1 or batch.mel is None or len(batch.mel) != 1:
         raise InputError("words are timed in one conversation with one clip")
     readers = torch.tensor(list(tokens), device=batch.ids.device) - 1  # they wrote the tokens
+    even = spread(sizes or [1] * len(tokens), len(audio), waveform)
     kept: list[tuple[float, tuple[int, int], Tensor]] = []
 
     def read(weights: Tensor, layer: int) -> None:
-        seen = standard(weights[0][:, readers][:, :, audio].float())  # (H, K, A)
-        scores = best_path(seen)[1] / (len(tokens) + len(audio))
+        rows = weights[0][:, readers][:, :, audio].float().cpu()  # (H, K, A)
+        rows = rows / rows.sum(-1, keepdim=True).clamp(min=1e-9)
+        scores = best_path(evidence(rows) + even)[1]
         for head, score in enumerate(scores.tolist()):
             if heads is None or (layer, head) in heads:
-                kept.append((score, (layer, head), seen[head].cpu()))
+                kept.append((score, (layer, head), rows[head]))
         if heads is None:
             kept.sort(key=lambda one: -one[0])
             del kept[HEADS:]
@@ -114,18 +126,28 @@ def align(
     if not kept:
         raise InputError(f"the model has none of the heads {list(heads or ())}")
     chances = logits.gather(-1, batch.ids[0, readers + 1, None])[:, 0].tolist()
-    spans = best_path(torch.stack([one[2] for one in kept]).mean(0, keepdim=True))[0][0]
+    mean = torch.stack([one[2] for one in kept]).mean(0, keepdim=True)
+    spans = best_path(evidence(mean) + even)[0][0]
     first, last = spans[:, 0].tolist(), spans[:, 1].tolist()
     return Path(first, last, [one[1] for one in kept]), chances
 
 
-def standard(weights: Tensor) -> Tensor:
-    """Attention (..., K, A), to 0 mean and unit spread over the tokens K, smoothed in time."""
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-9)
-    spread, mean = torch.std_mean(weights, dim=-2, keepdim=True, correction=0)
-    scaled = (weights - mean) / spread.clamp(min=1e-6)
-    padded = torch.nn.functional.pad(scaled.flatten(0, -2)[None], (1, 1), mode="replicate")[0]
-    return padded.unfold(-1, 3, 1).median(-1).values.view_as(weights)
+def evidence(rows: Tensor) -> Tensor:
+    """Rows of attention (..., K, A) that sum to 1, to log-odds against looking anywhere."""
+    padded = torch.nn.functional.pad(rows.flatten(0, -2)[None], (1, 1), mode="replicate")[0]
+    smooth = padded.unfold(-1, 3, 1).mean(-1).view_as(rows)
+    return ((1 - FLAT) * rows.shape[-1] * smooth + FLAT).log()
+
+
+def spread(sizes: Sequence[int], places: int, waveform: Tensor | None = None) -> Tensor:
+    """(K, A): how far each place is from where a token of an even spread lies, as a penalty."""
+    loud = torch.ones(4 * places) if waveform is None else loud_frames(waveform).float()
+    heard = loud.cumsum(0) / loud.sum()
+    letters = torch.tensor(sizes).clamp(min=1).float()
+    middles = (letters.cumsum(0) - letters / 2) / letters.sum()
+    seconds = torch.searchsorted(heard, middles) * 0.01
+    at = (torch.arange(places) + 0.5) * SECONDS_PER_TOKEN
+    return -((at - seconds[:, None]) ** 2) / (2 * SIGMA**2)
 
 
 def best_path(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,11 +225,17 @@ def _unspaced(letter: str) -> bool:
     )
 
 
-def _without_pauses(waveform: Tensor, start: float, end: float) -> tuple[float, float]:
-    """The part of a span that is not quiet, to 10 ms; all of it where everything is."""
+def loud_frames(waveform: Tensor) -> Tensor:
+    """Which 10 ms of a clip are no pause: louder than QUIET, and than twice its steady noise."""
     hop = SAMPLE_RATE // 100
     frames = waveform[: len(waveform) // hop * hop].view(-1, hop).square().mean(-1).sqrt()
-    loud = frames > QUIET * frames.max()
+    most = frames.max()
+    noise = (2 * frames.quantile(0.1)).clamp(max=most / 4)
+    return frames >= torch.maximum(QUIET * most, noise)
+
+
+def _without_pauses(loud: Tensor, start: float, end: float) -> tuple[float, float]:
+    """The part of a span that is no pause, to 10 ms; all of it where everything is."""
     first = min(round(start * 100), len(loud) - 1)
     inside = loud[first : max(first + 1, round(end * 100))].nonzero()[:, 0]
     if not len(inside):

@@ -271,34 +271,42 @@ def planted(places, audio, tokens, width, generator):
 
 
 def test_words_stand_where_a_head_looked(heard):
-    """The attention of one head is planted, and words and beeps are found where it lies."""
-    generator = torch.Generator().manual_seed(3)
-    errors = []
-    for seed in range(10):
-        waveform, letters, starts = toy.example(3, seed)
-        text = " ".join(letters)  # three words, spaces between
-        batch, tokens = explained(heard, waveform, text)
-        audio = (batch.ids[0] == heard.model.config.audio_token_id).nonzero()[:, 0]
-        middles = [(start + toy.WORD / 2) / 0.04 for start in starts]
-        rows = [middles[0], middles[0], middles[1], middles[1], middles[2]]
-        pattern = torch.zeros(1, 4, batch.ids.shape[1], batch.ids.shape[1])
-        made = planted(rows, len(audio), len(tokens), 2.0, generator)
-        for k, token in enumerate(tokens):
-            pattern[0, :, token - 1, audio] = made[:, k]
-        at = [token - 1 for token in tokens]
-        with probe.patch(heard.model, "blocks.1.attn.hook_pattern", pattern, positions=at):
-            words = word_times.word_times(
-                heard.model,
-                heard.tokenizer,
-                batch,
-                heard.tokenizer.encode(text),
-                waveform,
-                heads=[(1, 1)],
-            )
-        assert [word.text for word in words] == list(letters)
-        for word, start in zip(words, starts, strict=True):
-            errors += [abs(word.start - start), abs(word.end - start - toy.WORD)]
-    assert sum(errors) / len(errors) < 0.05 and max(errors) < 0.2, errors
+    """The attention of one head is planted, and words are found where it lies: beeps of one length,
+    of which the first is written with eight letters, so that an even spread would be wrong."""
+
+    def errors(looks):
+        generator = torch.Generator().manual_seed(3)
+        found = []
+        for seed in range(10):
+            waveform, letters, starts = toy.example(3, seed)
+            text = f"{letters[0] * 8} {letters[1]} {letters[2]}"
+            batch, tokens = explained(heard, waveform, text)
+            audio = (batch.ids[0] == heard.model.config.audio_token_id).nonzero()[:, 0]
+            middles = [(start + toy.WORD / 2) / 0.04 for start in starts]
+            rows = [middles[i] for i in (*[0] * 9, 1, 1, 2)]
+            pattern = torch.zeros(1, 4, batch.ids.shape[1], batch.ids.shape[1])
+            made = planted(rows, len(audio), len(tokens), 2.0, generator)
+            for k, token in enumerate(tokens):
+                pattern[0, :, token - 1, audio] = made[:, k] if looks else 1 / len(audio)
+            at = [token - 1 for token in tokens]
+            with probe.patch(heard.model, "blocks.1.attn.hook_pattern", pattern, positions=at):
+                words = word_times.word_times(
+                    heard.model,
+                    heard.tokenizer,
+                    batch,
+                    heard.tokenizer.encode(text),
+                    waveform,
+                    heads=[(1, 1)],
+                )
+            assert [word.text for word in words] == text.split()
+            assert all(0 <= word.probability <= 1 for word in words)
+            for word, start in zip(words, starts, strict=True):
+                found += [abs(word.start - start), abs(word.end - start - toy.WORD)]
+        return torch.tensor(found)
+
+    looking, blind = errors(True), errors(False)
+    assert looking.mean() < 0.05 and looking.max() < 0.2
+    assert blind.mean() > 0.15  # without it only the even spread is left
 
 
 def test_chosen_heads_and_what_cannot_be_timed(heard):
