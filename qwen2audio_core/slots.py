@@ -440,20 +440,28 @@ class Slots:
     def _step(self, rows: slice, span: int, even: bool, weigh: bool = False) -> None:
         """One id in a range of rows, attending over the first `span` positions.
 
-        even   every row's length is span - 1, so that nothing needs to be hidden
+        even   every row's length is span - 1: one place for all, and nothing needs to be hidden
         weigh  also work out the log-probabilities
         """
-        positions = self.lengths[rows].clone()  # (n,)
         alive = ~self.ended[rows]
-        lengths = positions + 1  # with the id that is read now
-        x = self.trunk.embed_tokens(self.ids[rows].gather(1, positions[:, None]))  # (n, 1, D)
+        lengths = self.lengths[rows] + 1  # with the id that is read now, (n,)
+        where: tuple[Any, Any]  # the rows' places in the cache
         visible = None
-        if self._kernels is None and not even:
-            visible = ops.visible_keys(1, span, False, None, lengths, self.device)
-        numbers = self._row_numbers[rows]
+        if even:
+            where = rows, span - 1
+            ids = self.ids[rows, span - 1 : span]
+            cos, sin = self._cos[None, span - 1 : span], self._sin[None, span - 1 : span]
+        else:
+            positions = lengths - 1
+            where = self._row_numbers[rows], positions
+            ids = self.ids[rows].gather(1, positions[:, None])
+            cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
+            if self._kernels is None:
+                visible = ops.visible_keys(1, span, False, None, lengths, self.device)
+        x = self.trunk.embed_tokens(ids)  # (n, 1, D)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.cache.write(layer, numbers, positions, k[:, 0], v[:, 0])
+            self.cache.write(layer, where[0], where[1], k[:, 0], v[:, 0])
             if self._kernels is None:
                 keys, values = self.cache.read(layer, rows, span)
                 return attend_one(q, keys, values, visible)
@@ -466,7 +474,7 @@ class Slots:
             y: Tensor = self._kernels.decode_attention(q[:, 0], keys, values, lengths, **scales)
             return y[:, None]
 
-        x = self._run(x, self._cos[positions][:, None], self._sin[positions][:, None], attend)
+        x = self._run(x, cos, sin, attend)
         self.lengths[rows] += alive
         self.logits = self.head(self.trunk.norm(x[:, 0]))
         self._append(self.logits, rows)

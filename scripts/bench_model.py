@@ -2,6 +2,8 @@
 
 python scripts/bench_model.py --peer transformers --device cpu
 python scripts/bench_model.py --shapes tiny --stages log_mel_3s,decode_b1 --json out.json
+python scripts/bench_model.py --stages engine_b1,engine_b8,deterministic_b8    ours against ours
+python scripts/bench_model.py --device cuda --json out.json --plot out.png     the grid of a GPU
 
 Both arms get the same random checkpoint, dtype, threads, waveforms and prompts; the peer runs with
 sdpa and with the key-value cache that is fastest here. Before a stage is timed, its results must
@@ -13,9 +15,22 @@ log_mel   waveform to log-mel                     the peer's feature extractor p
 encoder   log-mel to audio states                 the peer's encoder runs on all 30 s
 ttft      waveform and text to the first token    processor and generate(max_new_tokens=1)
 decode    seconds for one token in each row       tokens 8 to 40 after a text, greedy, no early end
-load      folder to a model, in a fresh process   every page of the weights touched on both sides
+          _engine: by engine.py. _int8, _int4: by engine.py with a quantised language model, which
+          must agree with generate.py's on the same codes; `error` is that to the peer, and
+          `accuracy` compares 32 tokens after each of four prompts with those of our own model
+          before it was quantised. Random weights make all words nearly equally likely, so that
+          the share of equal tokens is a floor; --checkpoint names a trained model
+load      folder to a model, in a fresh process   every page of the weights touched on both sides;
+                                                  the peak is memory beyond that before the load
 import    start of a process that can answer      peer: the model's class and the processor's; ours:
                                                   all public names and the help of the command line
+
+Of the stages that are run only by name both arms are ours, so a ratio is
+
+engine_b1, engine_b8, engine_ttft_3s    generate.py's time over engine.py's, as `load` gives a model
+engine_int8, engine_int4                the same at batch 1 with a quantised language model
+deterministic_b8                        engine.py's time over its time with deterministic=True
+int8_cache_b8                           engine.py's time over its time with int8_cache=True
 
 The floor is what the counted operations or bytes would take at the speed that this machine reaches
 in one large product, and in reading.
@@ -32,38 +47,35 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import bench_grid
 import torch
+from bench_grid import SHAPES, WORSE, forced_logits
 from torch import Tensor
 
-from qwen2audio_core import chat, tiny, weights
+from qwen2audio_core import chat, quantize, tiny, weights
 from qwen2audio_core.assistant import load, user_turn
 from qwen2audio_core.compare import TOLERANCE, measure
-from qwen2audio_core.config import AudioConfig, Qwen2AudioConfig, TextConfig
+from qwen2audio_core.config import Qwen2AudioConfig
+from qwen2audio_core.engine import Engine
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.frontend import SAMPLE_RATE, clip_lengths, log_mel
 from qwen2audio_core.generate import Generation
 from qwen2audio_core.sampling import Settings
 from qwen2audio_core.tokenizer import Tokenizer
 
-MIDDLE = Qwen2AudioConfig(
-    AudioConfig(d_model=512, encoder_layers=6, encoder_attention_heads=8, encoder_ffn_dim=2048),
-    TextConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    ),
-)
-SHAPES = {"middle": MIDDLE, "tiny": tiny.TINY, "official": Qwen2AudioConfig()}
 STAGES = (
     *("log_mel_3s", "log_mel_30s", "encoder_3s", "encoder_10s", "encoder_30s"),
     *("ttft_3s", "decode_b1", "decode_b8", "load", "import"),
+    *("decode_b1_engine", "decode_b1_int8", "decode_b1_int4"),
+)
+OWN_STAGES = (
+    *("engine_b1", "engine_b8", "engine_ttft_3s", "engine_int8", "engine_int4"),
+    *("deterministic_b8", "int8_cache_b8"),
 )
 QUESTION = "What does the person say, and what else can be heard?"
 FIRST, LAST = 8, 40  # new tokens between which decoding is timed
@@ -77,10 +89,11 @@ class Race:
     ours: Callable[[], float]
     theirs: Callable[[], float]
     error: float  # difference of the two results, already measured
-    limit: float
+    limit: float  # of `gap`
     floor: float | None = None  # seconds
     note: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    gap: float | None = None  # what must be small; None for the error itself
 
 
 class Bench:
@@ -101,7 +114,27 @@ class Bench:
 
     @cached_property
     def ours(self) -> Any:
-        return load(str(self.folder), device=self.device).model  # as a user gets it
+        return load(str(self.folder), self.device, self.dtype).model  # as a user gets it
+
+    @cached_property
+    def quantised(self) -> dict[str, Any]:
+        return {name: self._quantised(name) for name in ("int8", "int4")}
+
+    def _quantised(self, name: str) -> Any:
+        return load(str(self.folder), self.device, self.dtype, quantize=name).model
+
+    @cached_property
+    def reference(self) -> list[quantize.Answered]:
+        """What our own model answers to two texts and two clips, for a quantised one to match."""
+        prompts: list[dict[str, Any]] = []
+        for text in (QUESTION, QUESTION * 9):
+            prompt = chat.encode([user_turn(text)], self.tokenizer)
+            prompts.append({"ids": torch.tensor([prompt.ids], device=self.device)})
+        for seed, seconds in ((1, 1.5), (2, 3.0)):
+            batch = self.batch([waveform(seconds, seed)])
+            clips = {"mel": batch.mel, "conv_frames": batch.conv_frames}
+            prompts.append({"ids": batch.ids, **clips})
+        return quantize.answer(self.ours, prompts, 32)
 
     @cached_property
     def theirs(self) -> Any:
@@ -259,7 +292,45 @@ def ttft_stage(bench: Bench, seconds: int) -> Race:
     )
 
 
-def decode_stage(bench: Bench, rows: int) -> Race:
+def decode_prompts(bench: Bench, rows: int) -> list[chat.Prompt]:
+    """Texts of unequal length: the peer would spend the run on its encoder, not timed here."""
+    questions = [" ".join([QUESTION] * (9 - row)) for row in range(rows)]
+    return [chat.encode([user_turn(text)], bench.tokenizer) for text in questions]
+
+
+def engine_for(bench: Bench, model: Any, rows: int, **options: Any) -> Engine:
+    """Without a thread of its own, and with room for `rows` of decode_prompts or of 3 s clips."""
+    longest = max(len(prompt.ids) for prompt in decode_prompts(bench, rows))
+    tokens = max(longest, 256) + LAST + 1
+    return Engine(
+        model, max_batch=rows, max_tokens=tokens, prefix_bytes=0, prefill_tokens=10**6,
+        worker=False, **options,
+    )  # fmt: skip
+
+
+def engine_decodes(bench: Bench, engine: Engine, prompts: list[chat.Prompt]) -> float:
+    """Seconds of one step, tokens FIRST to LAST of every prompt."""
+    requests = [engine.submit(prompt, bench.settings) for prompt in prompts]
+    while any(len(request.ids) <= FIRST for request in requests):
+        engine.advance()
+    seconds = bench.seconds(lambda: [engine.advance() for _ in range(LAST - FIRST)])
+    for request in requests:
+        request.cancel()
+    engine.advance()
+    return seconds / (LAST - FIRST)
+
+
+def generate_decodes(bench: Bench, model: Any, batch: chat.Batch) -> float:
+    """The same by generate.py."""
+    run = Generation(model, batch, bench.settings)
+    for _ in range(FIRST + 1):
+        run.step()
+    seconds = bench.seconds(lambda: [run.step() for _ in range(LAST - FIRST)])
+    return seconds / (LAST - FIRST)
+
+
+def decode_stage(bench: Bench, rows: int, arm: str = "") -> Race:
+    """arm: "" for generate.py; "engine", or "int8" and "int4" in the engine."""
     from transformers.generation.streamers import BaseStreamer
 
     class Stamps(BaseStreamer):
@@ -273,9 +344,7 @@ def decode_stage(bench: Bench, rows: int) -> Race:
 
         def end(self) -> None: ...
 
-    # Texts of unequal length: the peer would spend the run on its encoder, which is not timed here.
-    questions = [" ".join([QUESTION] * (9 - row)) for row in range(rows)]
-    prompts = [chat.encode([user_turn(text)], bench.tokenizer) for text in questions]
+    prompts = decode_prompts(bench, rows)
     batch = chat.collate(prompts, bench.settings.pad_token_id, device=bench.device)
     inputs = {"input_ids": batch.ids, "attention_mask": batch.attention_mask}
 
@@ -296,42 +365,129 @@ def decode_stage(bench: Bench, rows: int) -> Race:
     speeds = {name: min(generate(mode)[1] for _ in range(2)) for name, mode in modes.items()}
     best = min(speeds, key=lambda name: speeds[name])
 
-    def ours() -> float:
-        run = Generation(bench.ours, batch, bench.settings)
-        for _ in range(FIRST + 1):
-            run.step()
-        began = time.perf_counter()
-        for _ in range(LAST - FIRST):
-            run.step()
-        return (time.perf_counter() - began) / (LAST - FIRST)
-
     # The same tokens into both: ours one by one through the cache, the peer's in one pass without.
     written = generate(modes[best])[0][:, batch.ids.shape[1] :]
-    run = Generation(bench.ours, batch, bench.settings)
-    embed = bench.ours.language_model.model.embed_tokens
-    for step in range(FIRST):
-        logits = bench.ours.decode(embed(written[:, step : step + 1]), cache=run.cache)
     mask = torch.cat((batch.attention_mask, torch.ones_like(written[:, :FIRST])), dim=1)
     full = {
         "input_ids": torch.cat((batch.ids, written[:, :FIRST]), dim=1),
         "attention_mask": mask,
         "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
     }
-    error = measure("logits", logits[:, -1], bench.theirs(**full).logits[:, -1]).relative
-    read = bench.linear_weights("language_model") * bench.dtype.itemsize
+    theirs = bench.theirs(**full).logits[:, -1]
+    model = bench.quantised[arm] if arm in ("int8", "int4") else bench.ours
+    plain = through_cache(model, batch, written[:, :FIRST])
+    extra = {"peer_cache": best, "peer_caches_s": speeds, "rows": rows}
+    note, gap = f"{best} cache", None
+    if arm:
+        engine = engine_for(bench, model, rows)
+        logits = forced_logits(engine.slots, prompts, written[:, :FIRST])[:, -1]
+        ours = partial(engine_decodes, bench, engine, prompts)
+    else:
+        logits = plain
+        ours = partial(generate_decodes, bench, model, batch)
+    error = measure("logits", logits, theirs).relative
+    if arm in ("int8", "int4"):
+        gap = measure("logits", logits, plain).relative
+        found = quantize.accuracy(model, bench.reference)
+        extra["accuracy"] = asdict(found)
+        note += (
+            f"; logits off by {found.relative_rms:.1%} rms, {found.agreement:.0%} of tokens equal"
+        )
     return Race(
         ours,
         lambda: generate(modes[best])[1],
         error,
         TOLERANCE[bench.dtype],
-        read / bench.bandwidth,
-        f"{best} cache",
-        {"peer_cache": best, "peer_caches_s": speeds, "rows": rows},
+        step_bytes(bench, model) / bench.bandwidth,
+        note,
+        extra,
+        gap,
+    )
+
+
+def through_cache(model: Any, batch: chat.Batch, written: Tensor) -> Tensor:
+    """Logits (B, V) behind a prompt and the ids (B, n), which go in one by one."""
+    settings = Settings(max_new_tokens=written.shape[1] + 1, eos_token_ids=())
+    run = Generation(model, batch, settings)
+    embed = model.language_model.model.embed_tokens
+    for step in range(written.shape[1]):
+        logits = model.decode(embed(written[:, step : step + 1]), cache=run.cache)
+    return logits[:, -1]
+
+
+def step_bytes(bench: Bench, model: Any) -> int:
+    """What a decoding step reads of the weights: codes and scales, or the linear layers."""
+    codes = quantize.code_names(model)
+    state = model.state_dict()
+    if codes:
+        return sum(state[name].nbytes for name in codes)
+    return bench.linear_weights("language_model") * bench.dtype.itemsize
+
+
+def own_stage(bench: Bench, stage: str) -> Race:
+    """Ours against ours, see the top of this file."""
+    kind, _, size = stage.partition("_")
+    if stage == "engine_ttft_3s":
+        clip = waveform(3)
+        prompt, batch = bench.prompt(clip), bench.batch([clip])
+        engine = engine_for(bench, bench.ours, 1)
+
+        def first_token() -> float:
+            times: list[float] = []
+            began = time.perf_counter()
+            request = engine.submit(
+                bench.prompt(clip),
+                bench.settings,
+                on_token=lambda _: times.append(time.perf_counter()),
+            )
+            engine.advance()
+            request.cancel()
+            engine.advance()
+            return times[0] - began
+
+        first = Generation(bench.ours, batch, bench.settings).logits
+        error = measure(
+            "logits", forced_logits(engine.slots, [prompt], batch.ids[:, :0])[:, 0], first
+        )
+        return Race(
+            first_token,
+            lambda: bench.seconds(
+                lambda: Generation(bench.ours, bench.batch([clip]), bench.settings).step()
+            ),
+            error.relative,
+            TOLERANCE[bench.dtype],
+        )
+    model = bench.quantised[size] if size in ("int8", "int4") else bench.ours
+    rows = 8 if size.endswith("b8") else 1
+    prompts = decode_prompts(bench, rows)
+    batch = chat.collate(prompts, bench.settings.pad_token_id, device=bench.device)
+    engine = engine_for(bench, model, rows)
+    written = torch.randint(0, bench.config.text.vocab_size, (rows, FIRST), device=bench.device)
+    expected = forced_logits(engine.slots, prompts, written)[:, -1]
+    limit = TOLERANCE[bench.dtype]
+    if kind == "engine":
+        mine, other = engine, partial(generate_decodes, bench, model, batch)
+        found = through_cache(model, batch, written)
+    else:
+        options = {"deterministic": True} if kind == "deterministic" else {"int8_cache": True}
+        limit = limit if kind == "deterministic" else WORSE["int8_cache"]
+        mine = engine_for(bench, model, rows, **options)
+        other = partial(engine_decodes, bench, engine, prompts)
+        found = forced_logits(mine.slots, prompts, written)[:, -1]
+    rms = float((found - expected).float().norm() / expected.float().norm())
+    return Race(
+        partial(engine_decodes, bench, mine, prompts),
+        other,
+        measure("logits", found, expected).relative,
+        limit,
+        step_bytes(bench, model) / bench.bandwidth,
+        f"logits off by {rms:.2%} rms",
+        {"relative_rms": rms},
     )
 
 
 LOAD = """
-import json, os, resource, sys, time
+import json, os, re, resource, sys, time
 import torch
 folder, small, threads, arm = sys.argv[1:]
 torch.set_num_threads(int(threads))
@@ -343,10 +499,18 @@ else:
     def load(folder):
         return transformers.Qwen2AudioForConditionalGeneration.from_pretrained(folder, dtype="auto")
 
-def peak():  # kibibytes on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():
+    # Not ru_maxrss, which a process inherits from its parent.
+    if os.path.exists("/proc/self/status"):
+        status = open("/proc/self/status").read()
+        return int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 load(small)  # so that what is imported on first use is there
+try:
+    open("/proc/self/clear_refs", "w").write("5")  # the peak from here on
+except OSError:
+    pass
 before = peak()
 began = time.perf_counter()
 model = load(folder)
@@ -444,8 +608,11 @@ def prepare(bench: Bench, stage: str, small: Path) -> Race:
         return encoder_stage(bench, int(size[:-1]))
     if kind == "ttft":
         return ttft_stage(bench, int(size[:-1]))
-    if kind == "decode":
-        return decode_stage(bench, int(size[1:]))
+    if stage in OWN_STAGES:
+        return own_stage(bench, stage)
+    if stage.startswith("decode"):
+        _, size, arm = f"{stage}_".split("_")[:3]
+        return decode_stage(bench, int(size[1:]), arm)
     return load_stage(bench, small) if stage == "load" else import_stage(bench)
 
 
@@ -482,12 +649,13 @@ def spread(pairs: list[tuple[float, float]]) -> dict[str, float]:
 def measured(bench: Bench, stage: str, small: Path, repeats: int) -> dict[str, Any]:
     """One stage's entry of the JSON; {"refused": why} where the arms disagree."""
     race = prepare(bench, stage, small)
-    if not race.error <= race.limit:
-        return {"refused": f"the arms differ by {race.error:.2e}, allowed are {race.limit:.0e}"}
+    gap = race.error if race.gap is None else race.gap
+    if not gap <= race.limit:
+        return {"refused": f"the arms differ by {gap:.2e}, allowed are {race.limit:.0e}"}
     for _ in range(0 if stage in ("load", "import") else 3):
         race.ours(), race.theirs()
     # Short stages cost nothing to repeat and need it most.
-    count = repeats if stage.startswith(("load", "import", "decode")) else 4 * repeats
+    count = 4 * repeats if stage.startswith(("log_mel", "encoder", "ttft")) else repeats
     result = spread(alternate(race, count)) | {"error": race.error, "repeats": count}
     result |= {"floor_s": race.floor, "note": race.note} | race.extra
     if stage == "load":
@@ -532,22 +700,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peer", choices=("transformers",), default="transformers")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
-        "--shapes", default="middle", help=f"{', '.join(SHAPES)}, or a config.json; default middle"
+        "--shapes",
+        help=f"{', '.join(SHAPES)}, or a config.json; default middle, for the grid official",
     )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 where it is computed"
     )
-    parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated; default all")
+    parser.add_argument("--stages", help="comma-separated; default all but ours against ours")
+    parser.add_argument(
+        "--grid", action="store_true", help="the default on a GPU, see bench_grid.py"
+    )
+    parser.add_argument("--checkpoint", metavar="DIR", help="instead of random weights")
     parser.add_argument("--repeats", type=int, default=9, help="pairs of a slow stage, default 9")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--tokenizer", metavar="DIR", help="default: the published one if at hand")
     parser.add_argument("--json", metavar="FILE")
+    bench_grid.arguments(parser)
     args = parser.parse_args(argv)
     try:
-        stages = args.stages.split(",")
-        wrong = [stage for stage in stages if stage not in STAGES]
+        if args.grid or (args.device.startswith("cuda") and not args.stages):
+            args.shapes = args.shapes or "official"
+            return bench_grid.grid(args)
+        args.shapes = args.shapes or "middle"
+        stages = (args.stages or ",".join(STAGES)).split(",")
+        wrong = [stage for stage in stages if stage not in (*STAGES, *OWN_STAGES)]
         if wrong:
-            raise InputError(f"no stage {wrong[0]!r}; there are {', '.join(STAGES)}")
+            known = ", ".join((*STAGES, *OWN_STAGES))
+            raise InputError(f"no stage {wrong[0]!r}; there are {known}")
         if args.repeats < 1:
             raise InputError(f"--repeats is {args.repeats}, it must be at least 1")
         config = SHAPES.get(args.shapes) or Qwen2AudioConfig.from_json(args.shapes)
@@ -580,12 +759,14 @@ def race_all(
     official = Path(__file__).resolve().parents[2] / "shared" / "official"
     if tokenizer is None and official.is_dir() and config.text.vocab_size >= 154_931:
         tokenizer = official
-    tiny.write_random(temporary / "model", config, dtype=dtype, tokenizer=tokenizer)
+    folder = Path(args.checkpoint or temporary / "model")
+    if not args.checkpoint:
+        tiny.write_random(folder, config, dtype=dtype, tokenizer=tokenizer)
     tiny.write_random(temporary / "small", dtype=dtype)
-    bench = Bench(temporary / "model", args.device, dtype, args.threads)
+    bench = Bench(folder, args.device, dtype, args.threads)
     results: dict[str, Any] = {"machine": machine(bench, args.shapes)}
     print(", ".join(f"{key} {_short(value)}" for key, value in results["machine"].items()))
-    print(f"{'stage':12}{'ratio':>8}{'low':>8}{'high':>8}{'ours':>12}{'peer':>12}", end="")
+    print(f"{'stage':17}{'ratio':>8}{'low':>8}{'high':>8}{'ours':>12}{'peer':>12}", end="")
     print(f"{'floor':>12}{'error':>10}  note")
     for stage in stages:
         result = results[stage] = measured(bench, stage, temporary / "small", args.repeats)
@@ -595,10 +776,10 @@ def race_all(
 
 def row(stage: str, result: dict[str, Any]) -> str:
     if "refused" in result:
-        return f"{stage:12}  REFUSED: {result['refused']}"
+        return f"{stage:17}  REFUSED: {result['refused']}"
     ratios = "".join(f"{result[key]:8.2f}" for key in ("ratio", "low", "high"))
     times = "".join(f"{_milli(result[key]):>12}" for key in ("ours_s", "peer_s", "floor_s"))
-    return f"{stage:12}{ratios}{times}{result['error']:10.1e}  {result['note']}"
+    return f"{stage:17}{ratios}{times}{result['error']:10.1e}  {result['note']}"
 
 
 def best_dtype(device: str) -> torch.dtype:

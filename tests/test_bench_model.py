@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,7 @@ RATIOS = {"ratio", "low", "high", "ours_s", "peer_s"}
 
 @pytest.fixture(scope="module")
 def bench_model() -> ModuleType:
+    sys.path.insert(0, str(SCRIPT.parent))  # as for a script that is run
     spec = importlib.util.spec_from_file_location("bench_model", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -50,6 +52,7 @@ def test_every_stage_of_the_issue_is_there(bench_model: ModuleType) -> None:
     assert set(bench_model.STAGES) == {
         *("log_mel_3s", "log_mel_30s", "encoder_3s", "encoder_10s", "encoder_30s"),
         *("ttft_3s", "decode_b1", "decode_b8", "load", "import"),
+        *("decode_b1_engine", "decode_b1_int8", "decode_b1_int4"),
     }
 
 
@@ -65,7 +68,7 @@ def run(bench_model: ModuleType, tmp_path: Path, stages: str, code: int = 0) -> 
 
 
 def test_a_run(bench_model: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stages = "log_mel_3s,encoder_3s,ttft_3s,decode_b8,load"
+    stages = "log_mel_3s,encoder_3s,ttft_3s,decode_b8,load,decode_b1_engine"
     results = run(bench_model, tmp_path, stages)
     assert list(results) == ["machine", *stages.split(",")]
     for stage in stages.split(","):
@@ -75,6 +78,8 @@ def test_a_run(bench_model: ModuleType, tmp_path: Path, capsys: pytest.CaptureFi
     assert results["machine"]["dtype"] == "float32" and results["machine"]["threads"] == 1
     assert results["decode_b8"]["peer_cache"] in ("dynamic", "static")
     assert results["load"]["ours_untouched_s"] <= results["load"]["ours_s"]
+    for arm in ("ours", "peer"):  # every page was touched, and no page of another process counts
+        assert 0.5 < results["load"][f"{arm}_peak_bytes"] / results["load"]["bytes"] < 8
     shown = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in shown[2:]] == stages.split(",")
 
@@ -90,6 +95,33 @@ def test_a_wrong_result_is_never_timed(
     results = run(bench_model, tmp_path, "log_mel_3s", code=1)
     assert results["log_mel_3s"].keys() == {"refused"}
     assert "REFUSED" in capsys.readouterr().out and "differ" in results["log_mel_3s"]["refused"]
+
+
+def test_quantised_arms_show_their_accuracy(bench_model: ModuleType, tmp_path: Path) -> None:
+    results = run(bench_model, tmp_path, "decode_b1_int8,decode_b1_int4")
+    int8, int4 = (results[f"decode_b1_{name}"] for name in ("int8", "int4"))
+    for one in (int8, int4):
+        assert one.keys() >= RATIOS and one["accuracy"]["tokens"] == 128
+    assert 0 < int8["accuracy"]["relative_rms"] < int4["accuracy"]["relative_rms"] < 0.3
+    assert int8["accuracy"]["agreement"] > int4["accuracy"]["agreement"] > 0.3
+    assert 0 < int8["error"] < int4["error"]
+
+
+def test_a_broken_quantised_arm_is_never_timed(
+    bench_model: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine must agree with generate.py on the same codes, and not merely be close."""
+    forced = bench_model.forced_logits
+    monkeypatch.setattr(bench_model, "forced_logits", lambda *words: forced(*words) * 1.01)
+    results = run(bench_model, tmp_path, "decode_b1_int8", code=1)
+    assert results["decode_b1_int8"].keys() == {"refused"}
+
+
+def test_ours_against_ours(bench_model: ModuleType, tmp_path: Path) -> None:
+    results = run(bench_model, tmp_path, ",".join(bench_model.OWN_STAGES))
+    for stage in bench_model.OWN_STAGES:
+        assert results[stage].keys() >= RATIOS, results[stage]
+    assert 0 < results["int8_cache_b8"]["relative_rms"] < 0.02
 
 
 @pytest.mark.slow

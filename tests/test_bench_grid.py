@@ -1,0 +1,221 @@
+"""The grid of arms: what it shares, counts, refuses and writes, at small shapes on the CPU."""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from qwen2audio_core import tiny
+from qwen2audio_core.config import Qwen2AudioConfig
+from qwen2audio_core.packing import Projection, groups, projection
+
+pytest.importorskip("transformers")
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def grid() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    spec = importlib.util.spec_from_file_location("bench_grid", ROOT / "scripts" / "bench_grid.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["bench_grid"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def plan_of(grid: ModuleType, **changes) -> object:
+    plan = grid.Plan(
+        tiny.TINY, CPU, torch.float32, ((1, 1),), grid.ARMS, 3, rounds=1, budget=1e9, quick=True
+    )
+    return replace(plan, **changes)
+
+
+@pytest.fixture(scope="module")
+def small(grid: ModuleType):
+    with torch.inference_mode():
+        made = grid.Grid(plan_of(grid))
+    made.ceilings = {"read": 10.0, "copy": 10.0, "matmul": 0.1}
+    return made
+
+
+def test_every_arm_has_the_same_weights(grid: ModuleType, small) -> None:
+    """transformers' too: the very same memory, and logits that agree to rounding."""
+    ours = {tensor.data_ptr() for tensor in small.model.state_dict().values()}
+    with torch.inference_mode():
+        theirs = grid.transformers_model(small.model, "sdpa").state_dict().values()
+    assert {tensor.data_ptr() for tensor in theirs} == ours
+    assert all(type(projection(*(one for _, one in g))) is Projection for g in groups(small.model))
+    twin = small.twins["int4"].state_dict()
+    shared = [name for name in twin if name in small.model.state_dict()]
+    assert len(shared) > 50
+    assert all(twin[name].data_ptr() in ours for name in shared)
+    prompts = grid.prompts_of(tiny.TINY, 1, 1)
+    with torch.inference_mode():
+        errors = {name: small.error(name, small.arm(name, prompts), 1) for name in grid.ARMS}
+    for name in ("eager", "sdpa", "compiled", "plain", "engine"):
+        assert errors[name]["rms"] < 1e-5 and errors[name]["agreement"] == 1
+    assert 1e-5 < errors["int8_cache"]["rms"] < errors["int4"]["rms"] < 0.3
+    assert 1e-3 < errors["int8"]["rms"] < 0.05
+
+
+def test_a_wrong_arm_gets_no_speed(grid: ModuleType, small, monkeypatch) -> None:
+    logits = grid.Fast.logits
+    monkeypatch.setattr(small, "errors", {})
+    monkeypatch.setattr(grid.Fast, "logits", lambda arm, forced: logits(arm, forced).roll(1, -1))
+    monkeypatch.setattr(small.plan, "arms", ("plain", "engine", "int4"))
+    with torch.inference_mode():
+        arms = small.cell(1, 1)["arms"]
+    assert "tpot" in arms["plain"]
+    for name in ("engine", "int4"):
+        assert "logits are off by" in arms[name]["refused"] and "tpot" not in arms[name]
+
+
+def test_an_arm_that_cannot_run_costs_no_other(grid: ModuleType, small, monkeypatch) -> None:
+    def broken(*words) -> None:
+        raise RuntimeError("out of memory\nand a long story")
+
+    monkeypatch.setattr(grid.Plain, "warm", broken)
+    monkeypatch.setattr(small.plan, "arms", ("plain", "engine"))
+    with torch.inference_mode():
+        arms = small.cell(1, 2)["arms"]
+    assert arms["plain"]["refused"] == "RuntimeError: out of memory"
+    assert arms["engine"]["tokens_per_s"] > 0
+
+
+def test_floors_of_the_published_shape(grid: ModuleType) -> None:
+    """The figures of the counted floors that the targets come from, at 4.3 TB/s and 790 TFLOP/s."""
+    plan = plan_of(grid, config=Qwen2AudioConfig(), dtype=torch.bfloat16, new_tokens=0)
+    made = grid.Grid.__new__(grid.Grid)
+    made.plan = plan
+    made.model = grid.weights.without_storage(plan.config)
+    made.twins = {}
+    for name, scheme in grid.SCHEMES.items():
+        twin = made.twins[name] = grid.weights.without_storage(plan.config)
+        grid.quantize.lay_out(twin, grid.quantize.linear_paths(twin), scheme)
+    made.ceilings = {"read": 4300.0, "copy": 4300.0, "matmul": 790.0}
+    alone = made.floors(30, 1)
+    assert alone["engine"]["encoder"] == pytest.approx(2.88e-3, rel=0.02)
+    assert alone["engine"]["prefill"] == pytest.approx(13.33e-3, rel=0.03)
+    assert made.floors(3, 1)["engine"]["encoder"] == pytest.approx(0.30e-3, rel=0.03)
+    for name, milliseconds in (("engine", 3.31), ("int8", 1.655), ("int4", 0.88)):
+        held = 800 * 524_288 / 4.3e12
+        assert alone[name]["tpot"] - held == pytest.approx(milliseconds * 1e-3, rel=0.01)
+    many = made.floors(30, 32)
+    held = {name: many[name]["tpot"] - 14.23e9 / 4.3e12 for name in ("engine", "int8_cache")}
+    assert held["engine"] / held["int8_cache"] == pytest.approx(256 / 132, rel=0.01)
+
+
+def test_a_budget_leaves_cells_out(grid: ModuleType, small, monkeypatch) -> None:
+    monkeypatch.setattr(small.plan, "arms", ("plain",))
+    monkeypatch.setattr(small.plan, "cells", ((1, 1), (1, 2)))
+    monkeypatch.setattr(small.plan, "budget", 0.0)
+    shown: list[dict] = []
+    assert small.run(small.ceilings, shown.append) == [
+        {"seconds": 1, "batch": 1},
+        {"seconds": 1, "batch": 2},
+    ]
+    assert not shown
+
+
+def test_targets(grid: ModuleType) -> None:
+    arms = {
+        "engine": {"tokens_per_s": 260.0, "tpot": 1 / 260, "of_floor": {"tpot": 0.8}},
+        "compiled": {"tpot": 1 / 150},
+        "int8": {"refused": "x"},
+    }
+    found = grid.reached([{"seconds": 3, "batch": 1, "arms": arms}])
+    by = {(one["figure"], one["arm"], one["seconds"]): one for one in found}
+    assert by["tokens_per_s", "engine", 3]["reached"] is True
+    assert by["of_floor.tpot", "engine", 3]["reached"] is False
+    assert by["tokens_per_s", "int8", 3]["found"] is None
+    assert "reached" not in by["encoder", "engine", 30]
+    assert by["engine's speed over compiled", "engine", 3]["reached"] is True
+
+
+def test_a_run_from_the_command(
+    grid: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    words = ["--device", "cpu", "--shapes", "tiny", "--quick", "--cells", "1x2", "--rounds", "2"]
+    arms = ("sdpa", "compiled", "engine", "int4")
+    words += ["--arms", ",".join(arms), "--new-tokens", "3"]
+    assert grid.main([*words, "--json", str(out), "--plot", str(picture)]) == 0
+    result = json.loads(out.read_text())
+    (cell,) = result["cells"]
+    assert (cell["seconds"], cell["batch"], tuple(cell["arms"])) == (1, 2, arms)
+    for arm in cell["arms"].values():
+        assert len(arm["tpot_runs"]) == 2 and arm["peak_bytes"] is None
+        for stage in ("mel", "encoder", "prefill", "ttft", "tpot"):
+            assert arm[stage] > 0 or stage == "encoder"
+            assert arm["of_floor"][stage] > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "its speeds stand for nothing" in shown and "GB/s" in shown
+    for wrong, message in (("5x0", "is no cell"), ("31x1", "is no cell"), ("x", "is no cell")):
+        assert grid.main([*words, "--cells", wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_bench_model_hands_a_gpu_to_the_grid(grid: ModuleType, monkeypatch) -> None:
+    spec = importlib.util.spec_from_file_location(
+        "bench_model", ROOT / "scripts" / "bench_model.py"
+    )
+    assert spec is not None and spec.loader is not None
+    bench_model = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench_model)
+    asked: list[argparse.Namespace] = []
+    monkeypatch.setattr(bench_model.bench_grid, "grid", lambda args: asked.append(args) or 0)
+    assert bench_model.main(["--device", "cuda"]) == 0
+    assert bench_model.main(["--grid", "--shapes", "tiny", "--quick"]) == 0
+    assert [args.shapes for args in asked] == ["official", "tiny"]
+    assert asked[0].budget > 600 and asked[1].quick
+
+
+@pytest.mark.slow
+def test_the_whole_report(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "gpu_report.sh"), str(tmp_path / "out")],
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert done.returncode == 0, summary + done.stdout[-2000:]
+    assert summary.count(": done in ") == 3
+    if not torch.cuda.is_available():
+        assert "these speeds stand for nothing" in summary
+    assert json.loads((tmp_path / "out" / "model.json").read_text())["cells"]
+    assert (tmp_path / "out" / "model.png").exists()
+
+
+def test_a_report_names_the_part_that_fails(tmp_path: Path) -> None:
+    """A stand-in for Python: the tests fail, the kernels end well, the model takes too long."""
+    fake = tmp_path / "python"
+    fake.write_text(
+        '#!/bin/sh\ncase "$*" in *is_available*) exit 1;; *-m?pytest*) exit 3;;'
+        " *bench_model*) exit 124;; esac\n"
+    )
+    fake.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "gpu_report.sh"), str(tmp_path / "out")],
+        env=os.environ | {"PYTHON": str(fake)},
+        capture_output=True,
+        text=True,
+    )
+    lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    assert done.returncode == 1
+    assert lines[0].startswith("no GPU") and lines[1].startswith("tests: FAILED with exit code 3")
+    assert lines[2].startswith("kernels: done") and lines[3].startswith("model: OUT OF TIME")
+    usage = subprocess.run(["bash", str(ROOT / "scripts" / "gpu_report.sh")], capture_output=True)
+    assert usage.returncode == 2
