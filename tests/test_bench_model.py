@@ -117,6 +117,7 @@ def test_a_broken_quantised_arm_is_never_timed(
     assert results["decode_b1_int8"].keys() == {"refused"}
 
 
+@pytest.mark.slow
 def test_ours_against_ours(bench_model: ModuleType, tmp_path: Path) -> None:
     results = run(bench_model, tmp_path, ",".join(bench_model.OWN_STAGES))
     for stage in bench_model.OWN_STAGES:
