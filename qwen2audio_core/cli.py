@@ -227,6 +227,9 @@ def transcribe(
     ] = None,
     model: Model = "tiny",
     batch_size: Annotated[int, typer.Option(help="Windows of up to 30 s answered at once.")] = 8,
+    word_timestamps: Annotated[
+        bool, typer.Option("--word-timestamps", help="When each word was said; in json.")
+    ] = False,
     greedy: Greedy = False,
     temperature: Temperature = None,
     repetition_penalty: Penalty = None,
@@ -280,6 +283,7 @@ def transcribe(
             language=language,
             prompt=prompt,
             batch_size=batch_size,
+            words=word_timestamps,
             notice=note,
             greedy=greedy or None,
             temperature=temperature,

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ from torch import Tensor
 
 from qwen2audio_core import audio, chat
 from qwen2audio_core.assistant import Assistant, Reply
+from qwen2audio_core.attribution import answered
 from qwen2audio_core.audio_files import source_name
 from qwen2audio_core.chat import Prompt
 from qwen2audio_core.errors import AudioError, CheckpointError, InputError
 from qwen2audio_core.frontend import SAMPLE_RATE
 from qwen2audio_core.tokenizer import Tokenizer
+from qwen2audio_core.word_times import Word, word_times
 
 # Of the published evaluation, which writes the language's tag behind it to begin the answer.
 RECOGNIZE = "Detect the language and recognize the speech: "
@@ -54,6 +56,7 @@ class Segment:
     language: str | None
     ids: list[int]  # the answer's tokens, tags and end token included
     finish_reason: str  # as in Reply; "length" means that words may be missing
+    words: list[Word] | None = None  # seconds of the recording; None where nobody asked
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ def transcribe(
     prompt: str | None = None,
     translate: bool = False,
     batch_size: int = 8,
+    words: bool = False,
     notice: Callable[[str], None] | None = None,
     on_progress: Callable[[float, float], None] | None = None,
     **options: Any,
@@ -155,6 +159,7 @@ def transcribe(
                  `language` must be None
     translate    put it into English, with the published prompt for that
     batch_size   windows answered at once; fewer need less memory
+    words        also time every word, by one more run over each window: see word_times.py
     notice       called with one line when an answer was cut off by max_new_tokens
     on_progress  called with (done, whole), seconds of sound: at the beginning, then for each batch
     options      seed, stop, and generation settings as in Assistant. Greedy, with the checkpoint's
@@ -184,13 +189,31 @@ def transcribe(
         replies = assistant.stream_prompts(prompts, answers=1, **options).finished()
         for stage, spent in replies[0].seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + spent
-        for window, reply in zip(batch, replies, strict=True):
+        for window, prompted, reply in zip(batch, prompts, replies, strict=True):
             segments.append(scribe.segment(window, reply))
+            if words:
+                timed = _timed(assistant, window, prompted, reply.ids)
+                segments[-1] = replace(segments[-1], words=timed)
             if reply.finish_reason == "length" and notice is not None:
                 notice(cut_notice(segments[-1], name))
         if on_progress is not None:
             on_progress(batch[-1].end, duration)
     return joined(segments, seconds)
+
+
+def _timed(
+    assistant: Assistant, window: audio.Piece, prompt: chat.Prompt, ids: list[int]
+) -> list[Word]:
+    """The words of one window's answer, in seconds of the whole recording."""
+    model = assistant.model
+    batch = answered(prompt, ids, model)
+    found = word_times(model, assistant.tokenizer, batch, ids, window.waveform) if ids else []
+    return [
+        replace(
+            word, start=round(window.start + word.start, 3), end=round(window.start + word.end, 3)
+        )
+        for word in found
+    ]
 
 
 def _ignore(line: str) -> None:
@@ -294,6 +317,7 @@ def to_json(transcript: Transcript) -> str:
                 "tokens": segment.ids,
                 "language": segment.language,
                 "finish_reason": segment.finish_reason,
+                **({} if segment.words is None else {"words": [_word(w) for w in segment.words]}),
             }
             for number, segment in enumerate(transcript.segments)
         ],
@@ -301,6 +325,15 @@ def to_json(transcript: Transcript) -> str:
         "duration": transcript.duration,
     }
     return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+
+
+def _word(word: Word) -> dict[str, Any]:
+    return {
+        "word": word.text,
+        "start": word.start,
+        "end": word.end,
+        "probability": word.probability,
+    }
 
 
 FORMATS: dict[str, Callable[[Transcript], str]] = {

@@ -5,13 +5,18 @@ bundled model on synthesised speech, where there is one.
 """
 
 import itertools
+import json
+import os
+import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import toy
 
 from qwen2audio_core import assistant as assistants
-from qwen2audio_core import attribution, chat, probe, word_times
+from qwen2audio_core import attribution, chat, probe, transcribe, word_times
 from qwen2audio_core.attribution import Attribution
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.frontend import clip_lengths
@@ -328,3 +333,107 @@ def test_chosen_heads_and_what_cannot_be_timed(heard):
     end = heard.tokenizer.id_of("<|im_end|>")
     whole = attribution.answered(toy.prompt_of(waveform, heard), [end], heard.model)
     assert word_times.word_times(heard.model, heard.tokenizer, whole, [end]) == []
+
+
+def test_a_transcript_with_word_times(heard):
+    """One more run times the words; nothing else of the transcript changes."""
+    waveform, letters, starts = toy.example(1, 3)
+    source = (waveform.numpy(), toy.RATE)
+    # Its own question takes the place of the published prompt.
+    plain = transcribe.transcribe(heard, source, prompt="?")
+    timed = transcribe.transcribe(heard, source, prompt="?", words=True)
+    (segment,) = timed.segments
+    assert timed.text == plain.text == letters and plain.segments[0].words is None
+    (word,) = segment.words
+    assert word.text == letters and abs(word.start - starts[0]) < 0.1
+    assert abs(word.end - starts[0] - toy.WORD) < 0.1
+    held = json.loads(transcribe.to_json(timed))["segments"][0]
+    assert held["words"] == [
+        {"word": letters, "start": word.start, "end": word.end, "probability": word.probability}
+    ]
+    assert "words" not in json.loads(transcribe.to_json(plain))["segments"][0]
+
+
+# The bundled model, where there is one
+
+
+def bundled():
+    """The small trained model's folder; skips without it."""
+    folder = Path(assistants.__file__).parent / "assets" / "tiny"
+    folder = Path(os.environ.get("QWEN2AUDIO_SMALL", folder))
+    if not (folder / "model.safetensors").exists():
+        pytest.skip(f"no trained small model: {folder} is not there")
+    return assistants.load(str(folder), device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    """(prompt, ids, words with their true times, waveform) of sentences, by espeak-ng."""
+    one = bundled()
+    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+    speech = pytest.importorskip("tiny_data.speech")
+    rng = random.Random(5)
+    voices = [voice for voice in speech.voices("en", "train") if voice.engine == "espeak"][:8]
+    made = []
+    while len(made) < 50:
+        colour = rng.choice(("red", "blue", "green", "white", "black", "yellow"))
+        day = rng.choice(("Monday", "Tuesday", "Friday", "Saturday", "Sunday"))
+        text = rng.choice(
+            (
+                f"Do you have a {colour} {rng.choice(('hat', 'chair', 'car', 'book'))}?",
+                f"The meeting is on {day} at {rng.choice(('one', 'three', 'seven', 'eight'))}.",
+                f"Where is the {colour} {rng.choice(('door', 'window', 'bag', 'house'))}?",
+                f"Maria goes to the hotel on {day}.",
+            )
+        )
+        try:
+            waveform, times = speech.speak_with_times(text, rng.choice(voices))
+        except speech.SpeechError as error:
+            pytest.skip(str(error))
+        sound = torch.tensor(waveform)
+        prompt = chat.encode_raw(RECOGNISE, [sound], one.tokenizer, sampling_rate=toy.RATE)
+        ids = one.tokenizer.encode(text)
+        if [word for word, _ in split_words(ids, one.tokenizer)] == [word for word, *_ in times]:
+            made.append((prompt, ids, times, sound))
+    return one, made
+
+
+RECOGNISE = (
+    "<|audio_bos|><|AUDIO|><|audio_eos|>Detect the language and recognize the speech: <|en|>"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_the_small_model_listens_where_the_word_is(spoken, method):
+    """In fifty sentences, one word of each: twice what pointing anywhere would hit."""
+    one, made = spoken
+    found = chance = 0.0
+    for number, (prompt, ids, times, sound) in enumerate(made):
+        words = split_words(ids, one.tokenizer)
+        chosen = number % len(words)
+        _, start, end = times[chosen]
+        batch = attribution.answered(prompt, ids, one.model)
+        first = words[chosen][1][0]
+        peak = method(one.model, batch, [len(prompt.ids) + first]).peak(0)
+        found += start - SLACK <= peak <= end + SLACK
+        chance += min(1.0, (end - start + 2 * SLACK) / (len(sound) / toy.RATE))
+    print(f"{method.__name__}: {found:.0f} of {len(made)}, by chance {chance:.1f}")
+    assert found >= 1.7 * chance, (found, chance)
+
+
+@pytest.mark.slow
+def test_word_times_of_the_small_model(spoken):
+    """Against the synthesiser's own times, of the true text."""
+    one, made = spoken
+    errors = []
+    for prompt, ids, times, sound in made:
+        batch = attribution.answered(prompt, ids, one.model)
+        words = word_times.word_times(one.model, one.tokenizer, batch, ids, sound)
+        assert [word.text for word in words] == [word for word, *_ in times]
+        errors += [
+            abs(word.start - start) for word, (_, start, _) in zip(words, times, strict=True)
+        ]
+    errors.sort()
+    print(f"median {errors[len(errors) // 2]:.3f} s, mean {sum(errors) / len(errors):.3f} s")
+    assert errors[len(errors) // 2] < 0.12
