@@ -160,10 +160,9 @@ def test_it_learns_and_the_result_answers(base, data, tmp_path) -> None:
     # What was written is a checkpoint like any other.
     model = assistant.load(str(result))
     row = json.loads(Path(data).read_text().splitlines()[0])
-    prompt = model.encode_raw(
-        "<|audio_bos|><|AUDIO|><|audio_eos|>Which tone?", [str(Path(data).parent / row["audio"])]
-    )
-    (reply,) = model.stream([prompt], greedy=True, repetition_penalty=1.0).finished()
+    text = "<|audio_bos|><|AUDIO|><|audio_eos|>Which tone?"
+    clip = str(Path(data).parent / row["audio"])
+    reply = model.complete(text, clip, greedy=True, repetition_penalty=1.0)
     assert reply.text in answers and reply.finish_reason == "stop"
 
 
