@@ -62,6 +62,7 @@ SIDEWAYS = {
     ("engine", "generate"),
     ("engine", "prefix_cache"),
     ("engine", "slots"),
+    ("web", "inspection"),
     ("serving", "transcribe"),
     ("serving", "__init__"),
 }

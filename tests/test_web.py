@@ -32,6 +32,7 @@ from qwen2audio_core import assistant, audio, cli
 from qwen2audio_core.errors import AudioError, InputError
 from qwen2audio_core.frontend import log_mel
 from qwen2audio_core.web import guard, pictures, server, views
+from qwen2audio_core.web.inside import inspect
 from qwen2audio_core.web.sessions import Limits, Session, Sessions
 from qwen2audio_core.web.words import LANGUAGES, preferred, words
 from qwen2audio_core.web.worker import Job, Worker
@@ -859,6 +860,45 @@ def test_looking_inside(served, model):
     sure = [math.exp(likelihood.logprob) for likelihood in reply.logprobs]
     assert [f"{p:.3f}" for p in sure] == re.findall(r"--sure:([\d.]+)", shown)
     assert shown.count("<li") == 15 and "<script" not in shown
+    assert re.search(r'class="q2a-text">Hello</span>', shown)
+    assert re.search(r'class="q2a-template">&lt;\|im_start\|&gt;system', shown)
+    shown = browser.event("q2a-look", "click")
+    assert "no clip in this conversation" in shown["q2a-progress"] and shown["q2a-report"] == ""
+    browser.event("q2a-upload", "upload", [browser.file("bell.flac", BELL.read_bytes())])
+    browser.event("q2a-send", "click", "<b>What?</b>", *knobs(2))
+    assert re.search(
+        r'class="q2a-audio">audio 1: \d+</span>', browser.event(*inside())["q2a-inside"]
+    )
+    shown = browser.event("q2a-look", "click")
+    report = shown["q2a-report"]
+    assert shown["q2a-progress"] == "" and report.count("<") == 2  # a frame and nothing else
+    assert report.startswith('<iframe sandbox="allow-scripts" srcdoc="&lt;!doctype html')
+
+
+def test_a_look_inside_ends_when_nobody_waits(page, worker):
+    with pytest.raises(InputError, match="no answer yet"):
+        inspect(page)
+    page.add(BELL)
+    page.ask("What?", **SHORT)
+    finish(page)
+    hold = Hold(worker)
+    look = inspect(page)
+    assert look.job is not None and worker.place(look.job) == 1 and not page.busy
+    page.ask("And now?", **SHORT)  # the conversation goes on
+    hold.go.set()
+    finish(page)
+    assert look.job.done and look.job.error == look.page == ""
+    seen = []
+
+    class Stopping(Job):
+        @property
+        def stopped(self) -> bool:
+            seen.append(look.stage)
+            return len(seen) > 3
+
+    look = inspect(page)
+    look.job.__class__ = Stopping  # stop it when it has begun
+    assert look.job.wait(60) and look.page == "" and seen[-1] != ""
 
 
 def inside() -> tuple[str, str]:

@@ -214,6 +214,12 @@ def test_a_conversation(visit, model):
     until(lambda: one.page.locator(".q2a-token").count() == 24)
     one.page.locator(".q2a-token").first.hover()
     assert one.page.locator(".q2a-token li").first.is_visible()
+    one.at("look").click()
+    frame = one.at("report").locator("iframe")
+    frame.wait_for()
+    assert "And the second one?" in frame.get_attribute("srcdoc")
+    assert frame.get_attribute("sandbox") == "allow-scripts"
+    assert frame.bounding_box()["height"] > 300
     one.shot("inside")
     one.page.get_by_role("tab", name="Conversation").click()
 

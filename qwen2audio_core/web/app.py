@@ -165,8 +165,29 @@ def build(sessions: Sessions, title: str, random: bool = False) -> Any:
         session.language = next(code for code in LANGUAGES if code != session.language)
         return {**views.labels(session), at.chosen: session.language}
 
-    def looked(request: gr.Request) -> str:
-        return inside.tokens(of(request))
+    def opened_inside(request: gr.Request) -> View:
+        return {at.opened: inside.tokens(of(request)), at.progress: "", at.report: ""}
+
+    async def looked(request: gr.Request) -> AsyncIterator[View]:
+        session = of(request)
+        try:
+            look = inside.inspect(session)
+        except InputError as error:
+            yield {at.progress: failure(session, error), at.report: ""}
+            return
+        w, job = session.words, look.job
+        assert job is not None
+        while not (job.done or job.stopped):
+            place = session.worker.place(job)
+            line = (
+                w["in line"].format(place) if place else w["looking"].format(look.stage, look.part)
+            )
+            yield {at.progress: note(line), at.report: ""}
+            await asyncio.sleep(4 * LOOK_SECONDS)
+        if look.page:
+            yield {at.progress: "", at.report: inside.frame(look.page)}
+        else:
+            yield {at.progress: failure(session, job.error) if job.error else "", at.report: ""}
 
     def left(request: gr.Request) -> None:
         sessions.leave(request.session_hash)
@@ -188,6 +209,8 @@ def build(sessions: Sessions, title: str, random: bool = False) -> Any:
         recording = [at.microphone, at.voice, at.text, *knobs]
         at.microphone.stop_recording(recorded, recording, [*changing, at.microphone], **quiet)
         at.waiting.click(removed, None, changing, **quiet)
-        at.inside_tab.select(looked, None, at.report, **quiet)
+        inside_of = [at.opened, at.progress, at.report]
+        at.inside_tab.select(opened_inside, None, inside_of, **quiet)
+        at.look.click(looked, None, [at.progress, at.report], **quiet)
     at.blocks.queue(default_concurrency_limit=None, max_size=10 * sessions.limits.waiting)
     return at.blocks

@@ -59,7 +59,11 @@ class Page:
                     self._settings(gr)
             with self.inside_tab:
                 self.inside_hint = gr.HTML(elem_classes="q2a-hint")
-                self.report = gr.HTML(elem_id="q2a-inside")
+                self.opened = gr.HTML(elem_id="q2a-inside")
+                with gr.Row(elem_classes="q2a-actions"):
+                    self.look = gr.Button(self.w["look"], elem_id="q2a-look", size="sm")
+                self.progress = gr.HTML(elem_id="q2a-progress")
+                self.report = gr.HTML(elem_id="q2a-report")
 
     def _conversation(self, gr: Any) -> None:
         self.chatbot = gr.Chatbot(

@@ -90,6 +90,7 @@ class Session:
         self.turns: list[Turn] = []
         self.clips: list[Clip] = []
         self.job: Job | None = None
+        self.look: Job | None = None  # closely, at the last answer
         self.recordings = 0
         self.used = time.monotonic()
         self.left: float | None = None  # when its page was closed
@@ -177,6 +178,8 @@ class Session:
     def stop(self) -> None:
         """End the answer where it is. What was written stays."""
         with self._lock:
+            if self.look is not None:
+                self.look.stop()
             if self.busy and self.job is not None:
                 self.job.stop()
                 self.turns[-1].stopped = True
@@ -232,6 +235,8 @@ class Session:
                 raise
 
         self.turns = [*before, turn]
+        if self.look is not None:
+            self.look.stop()
         try:
             self.job = self.worker.submit(work)
         except InputError:

@@ -40,7 +40,7 @@ class Views:
             *(at.heading, at.language, at.chatbot, at.text, at.send, at.stop, at.retry, at.edit),
             *(at.clear, at.microphone, at.upload, at.voice, at.accordion, at.system),
             *(at.temperature, at.tokens, at.seed, at.conversation_tab, at.inside_tab),
-            at.inside_hint,
+            *(at.inside_hint, at.look),
         ]
 
     def conversation(self, session: Session, status: str = "", text: str | None = None) -> View:
@@ -91,6 +91,7 @@ class Views:
             at.seed: update(label=w["seed"], info=w["seed hint"], placeholder=w["by chance"]),
             at.conversation_tab: update(label=w["conversation"]),
             at.inside_tab: update(label=w["inside"]),
+            at.look: update(value=w["look"]),
             at.inside_hint: f"<p>{escape(w['inside hint'])}</p>",
         }
 

@@ -75,6 +75,13 @@ _WORDS = {
         "The words of the last answer, the surer the darker; point at one for other likely ones.",
         "最近一次回答的词语，颜色越深表示模型越确定。指向一个词可查看其他可能。",
     ),
+    "look": ("Look closer", "深入查看"),
+    "looking": ("Looking: {} … {:.0%}", "正在查看：{} … {:.0%}"),
+    "kind template": ("template", "模板"),
+    "kind system": ("system prompt", "系统提示词"),
+    "kind text": ("text", "文字"),
+    "kind audio": ("audio", "音频"),
+    "kind answer": ("answer", "回答"),
     "no answer": (
         "There is no answer yet: ask something in the conversation first.",
         "还没有回答：请先在对话中提问。",
