@@ -322,8 +322,9 @@ def load(
 ) -> Assistant:
     """Load a checkpoint.
 
-    model   a hub id ("Qwen/Qwen2-Audio-7B-Instruct"), a folder in the published layout, or "tiny":
-            a small random model, made on the spot, whose words mean nothing
+    model   a hub id ("Qwen/Qwen2-Audio-7B-Instruct"), a folder in the published layout, "tiny":
+            the small trained model that ships with the package, or "random": an untrained one,
+            made on the spot, whose words mean nothing
     device  None takes the GPU where there is one
     dtype   None keeps the checkpoint's own, bfloat16 for the published ones
     pack    keep a second copy of the linear layers' weights in the order that a CPU multiplies them
@@ -380,8 +381,10 @@ def fits_packed(model: Qwen2Audio) -> bool:
 
 
 def find(model: str, weights: bool = True) -> Path:
-    """The folder of a checkpoint by hub id, folder or "tiny"; `weights` as in hub.find."""
-    if model in ("tiny", "random"):
+    """Folder of a checkpoint by hub id, folder, "tiny" or "random"; `weights` as in hub.find."""
+    if model == "tiny":
+        return tiny.trained()
+    if model == "random":
         return tiny.folder()
     return hub.find(model, weights=weights)
 

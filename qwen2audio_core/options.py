@@ -7,7 +7,9 @@ import typer
 Model = Annotated[
     str,
     typer.Option(
-        "--model", "-m", help="Hub id (Qwen/Qwen2-Audio-7B-Instruct), checkpoint folder, or tiny."
+        "--model",
+        "-m",
+        help="Hub id (Qwen/Qwen2-Audio-7B-Instruct), folder, tiny or random.",
     ),
 ]
 Audio = Annotated[

@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:  # PyTorch takes seconds to load; the help text does not wait for it
     from qwen2audio_core.assistant import Assistant
 
+SMALL = {  # models that are not to be taken for the published one
+    "tiny": "the project's own small model: a few hundred words and sounds, learnt from synthetic"
+    " speech; it errs on all else",
+    "random": "a small random model: it shows that everything runs, its words mean nothing",
+}
 URLS = ("http://", "https://", "data:", "file://")
 
 
@@ -25,10 +30,8 @@ def load(
 
     from qwen2audio_core import assistant
 
-    if model in ("tiny", "random"):
-        note(
-            f"{model} is a small random model: it shows that all of it runs, its words mean nothing"
-        )
+    if model in SMALL:
+        note(f"{model} is {SMALL[model]}")
     kind = None if dtype is None else getattr(torch, dtype)
     return assistant.load(model, device, kind, pack=False if no_pack else None, quantize=quantize)
 

@@ -1,7 +1,10 @@
-"""Random checkpoints in the published layout, and the tiny one that serves until one is named.
+"""The small model that ships with the project, and random checkpoints in the published layout.
 
-Their words mean nothing. They are complete all the same: weights, settings and a tokenizer, so that
-everything that runs on the published checkpoint runs on them.
+`trained` is the default model: seven million parameters, taught from nothing on synthetic speech
+and sounds by scripts/train_tiny.sh. MODEL_CARD.md beside it says what it can do.
+
+The words of random checkpoints mean nothing. They are complete all the same: weights, settings and
+a tokenizer, so that everything that runs on the published checkpoint runs on them.
 """
 
 import hashlib
@@ -176,8 +179,13 @@ def byte_tokenizer() -> dict[str, bytes]:
     }
 
 
+def trained() -> Path:
+    """The folder of the small trained model, which is part of the package."""
+    return Path(__file__).parent / "assets" / "tiny"
+
+
 def folder() -> Path:
-    """The tiny checkpoint, made in the user's cache the first time it is asked for."""
+    """A tiny random checkpoint, made in the user's cache the first time it is asked for."""
     recipe = json.dumps([3, TINY.to_json()], sort_keys=True).encode()  # 3: raise it to make anew
     name = f"tiny-{hashlib.sha256(recipe).hexdigest()[:12]}"
     caches = (

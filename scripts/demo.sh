@@ -1,11 +1,19 @@
 #!/usr/bin/env bash
-# Installs the project on the first run, then asks the model about a clip that ships with it.
-# Further arguments go to `qwen2audio ask`, for example --model Qwen/Qwen2-Audio-7B-Instruct.
+# Installs the project on the first run, then lets the model hear clips that ship with it.
+# Further arguments go to every command, for example --model Qwen/Qwen2-Audio-7B-Instruct.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 
 prepare_environment
-clip="$root/qwen2audio_core/assets/clips/en_capital.flac"
-say "asking about $clip"
-"$environment/bin/qwen2audio" ask --audio "$clip" "What does the person ask?" \
+clips="$root/qwen2audio_core/assets/clips"
+qwen2audio="$environment/bin/qwen2audio"
+say "voice chat: en_capital.flac asks \"What is the capital of France?\", with no text at all"
+"$qwen2audio" ask --audio "$clips/en_capital.flac" --greedy --max-new-tokens 24 "$@"
+say "audio analysis: \"What is that sound?\" about sound_bell.flac"
+"$qwen2audio" ask "What is that sound?" --audio "$clips/sound_bell.flac" \
     --greedy --max-new-tokens 24 "$@"
+say "three languages, written down"
+for clip in fr:fr_book de:de_coffee zh:zh_weather; do
+    "$qwen2audio" transcribe "$clips/${clip#*:}.flac" --language "${clip%%:*}" \
+        --greedy --max-new-tokens 24 "$@"
+done

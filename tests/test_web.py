@@ -690,15 +690,6 @@ def test_warnings(host, share, password, expected):
     assert all(part in line for part, line in zip(expected, found, strict=True))
 
 
-def test_a_model_without_meaning_says_so(monkeypatch, tmp_path):
-    trained = tmp_path / "model.safetensors"
-    monkeypatch.setattr(server, "TRAINED", trained)
-    names = ("random", "tiny", "Qwen/Qwen2-Audio-7B-Instruct")
-    assert [server.is_random(name) for name in names] == [True, True, False]
-    trained.touch()
-    assert [server.is_random(name) for name in names] == [True, False, False]
-
-
 def test_ports_and_hosts():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -23,12 +23,12 @@ CLIPS = Path(__file__).parents[1] / "assets" / "clips"
 LOOK_SECONDS = 0.05  # between two looks at an answer that is being written
 
 
-def build(sessions: Sessions, title: str, random: bool = False) -> Any:
+def build(sessions: Sessions, title: str, warning: str = "") -> Any:
     """The page, as gradio.Blocks. Arguments as in Views."""
     import gradio as gr
 
     at = Page(sessions.assistant.settings)
-    views = Views(at, title, random)
+    views = Views(at, title, warning)
 
     def of(request: gr.Request) -> Session:
         return sessions.of(request.session_hash)

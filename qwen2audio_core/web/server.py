@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen2audio_core.errors import InputError
+from qwen2audio_core.terminal import SMALL
 from qwen2audio_core.web import app
 from qwen2audio_core.web.guard import Guard
 from qwen2audio_core.web.page import theme
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 PORT = 7860  # and the hundred behind it
 SWEEP_SECONDS = 30.0
-TRAINED = Path(__file__).parents[1] / "assets" / "tiny" / "model.safetensors"
 STYLE = Path(__file__).with_name("style.css")
 
 
@@ -58,7 +58,8 @@ def serving(
         device = str(assistant.device)
         kind = str(assistant.dtype).removeprefix("torch.")
         title = f"{assistant.name or 'model'} · {device} · {kind}"
-        blocks = app.build(sessions, title, random=is_random(assistant.name))
+        warning = assistant.name if assistant.name in SMALL else ""
+        blocks = app.build(sessions, title, warning)
         over = threading.Event()
         sweeper = threading.Thread(target=_sweep, args=(sessions, over), daemon=True)
         sweeper.start()
@@ -115,11 +116,6 @@ def environment(folder: Path) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def is_random(name: str) -> bool:
-    """Whether a model of this name says nothing: "random", and "tiny" where none was trained."""
-    return name == "random" or (name == "tiny" and not TRAINED.is_file())
 
 
 def _same(given: str, password: str) -> bool:

@@ -25,13 +25,13 @@ class Views:
     """What is to be shown.
 
     title   name of the model and where it runs
-    random  say that its words mean nothing
+    warning  which words of words.py say what not to take it for, "" for none
     """
 
-    def __init__(self, at: Page, title: str, random: bool):
+    def __init__(self, at: Page, title: str, warning: str):
         self.at = at
         self.title = title
-        self.random = random
+        self.warning = warning
         self.changing = [  # by `conversation`
             *(at.chatbot, at.waiting, at.status, at.send, at.stop),
             *(at.retry, at.edit, at.clear, at.text),
@@ -65,7 +65,7 @@ class Views:
         from gradio import update
 
         at, w = self.at, session.words
-        warning = f'<p class="q2a-warning">{escape(w["random"])}</p>' if self.random else ""
+        warning = f'<p class="q2a-warning">{escape(w[self.warning])}</p>' if self.warning else ""
         examples = [
             {"display_text": w[title], "text": w[text] if text else ""}
             for title, text, _ in EXAMPLES
