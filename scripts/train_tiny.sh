@@ -9,7 +9,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 
-prepare_environment
+prepare_environment test
 out="${1:-tiny-run}"
 data="$out/data"
 python="$environment/bin/python"
