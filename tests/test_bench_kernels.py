@@ -128,7 +128,7 @@ def test_red_tests_mean_no_speed(
     on_cpu: None,
 ) -> None:
     broken = {"gelu": False, "swiglu": True}
-    monkeypatch.setattr(bench, "tests_pass", lambda files, device: broken)
+    monkeypatch.setattr(bench, "tests_pass", lambda files, device, until: broken)
     assert bench.main(["--device", "cpu", "--quick", "--ops", "gelu,bias_gelu,swiglu"]) == 1
     said = capsys.readouterr().out
     assert "REFUSED gelu" in said and "REFUSED bias_gelu" in said

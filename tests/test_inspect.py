@@ -45,7 +45,7 @@ def random_model(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     tiny.folder()
-    yield load("tiny", device="cpu")
+    yield load("random", device="cpu")
     patch.undo()
 
 
@@ -275,7 +275,7 @@ def test_the_command_writes_page_numbers_and_pictures(run, clip, tmp_path):
     page, numbers, pictures = (tmp_path / name for name in ("r.html", "r.npz", "figures"))
     code, out, err = run(
         *(clip, "Costs 5 $ or $6?", "-o", page, "--data", numbers, "--figures", pictures),
-        *("--max-new-tokens", 4),
+        *("--max-new-tokens", 4, "--model", "random"),
     )
     assert code == 0 and out.endswith("\n")
     assert err.count("wrote ") == 2 + 18 and f"wrote {page}" in err

@@ -377,7 +377,7 @@ def test_the_commands(run, tmp_path, monkeypatch):
         for more in (("--model", out), ("--quantize", "int4"), ("--quantize", "int8"), ())
     ]
     assert answers[0]["ids"] == answers[1]["ids"]
-    assert {answer["dtype"] for answer in answers} == {"float32"}
+    assert {answer["dtype"] for answer in answers} == {"bfloat16"}
     for words in (("quantize", "--model", out, tmp_path / "x"), ("ask", "x", "--quantize", "int2")):
         code, shown, notes = run(*words)
         assert code == 2 and shown == "" and "Traceback" not in notes

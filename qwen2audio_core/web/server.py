@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen2audio_core.errors import InputError
-from qwen2audio_core.terminal import SMALL
 from qwen2audio_core.web import app
 from qwen2audio_core.web.guard import Guard
 from qwen2audio_core.web.page import theme
@@ -58,7 +57,7 @@ def serving(
         device = str(assistant.device)
         kind = str(assistant.dtype).removeprefix("torch.")
         title = f"{assistant.name or 'model'} · {device} · {kind}"
-        warning = assistant.name if assistant.name in SMALL else ""
+        warning = assistant.name if assistant.name in ("tiny", "random") else ""
         blocks = app.build(sessions, title, warning)
         over = threading.Event()
         sweeper = threading.Thread(target=_sweep, args=(sessions, over), daemon=True)
