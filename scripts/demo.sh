@@ -7,9 +7,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 prepare_environment
 clips="$root/qwen2audio_core/assets/clips"
 qwen2audio="$environment/bin/qwen2audio"
-say "voice chat: en_capital.flac asks \"What is the capital of France?\", with no text at all"
-"$qwen2audio" ask --audio "$clips/en_capital.flac" --greedy --max-new-tokens 24 "$@"
-say "audio analysis: \"What is that sound?\" about sound_bell.flac"
+say "speech: \"What does the person say?\" about en_train.flac"
+"$qwen2audio" ask "What does the person say?" --audio "$clips/en_train.flac" \
+    --greedy --max-new-tokens 24 "$@"
+say "sound: \"What is that sound?\" about sound_bell.flac"
 "$qwen2audio" ask "What is that sound?" --audio "$clips/sound_bell.flac" \
     --greedy --max-new-tokens 24 "$@"
 say "three languages, written down"
