@@ -124,7 +124,7 @@ class Alone(Projection):
         self.layer = layer
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y: Tensor = self.layer(x)
+        y = self.layer.forward(x)  # a weight alone runs no hooks either
         return y if residual is None else residual + y
 
 

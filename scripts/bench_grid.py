@@ -43,10 +43,11 @@ import torch
 from torch import Tensor
 
 from qwen2audio_core import chat, packing, quantize, tiny, weights
+from qwen2audio_core import slots as slots_module
 from qwen2audio_core.config import AudioConfig, Qwen2AudioConfig, TextConfig
 from qwen2audio_core.engine import Engine
 from qwen2audio_core.errors import InputError
-from qwen2audio_core.frontend import MAX_SAMPLES, SAMPLE_RATE, clip_lengths, log_mel
+from qwen2audio_core.frontend import MAX_SAMPLES, SAMPLE_RATE, clip_lengths
 from qwen2audio_core.generate import Generation
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.quantize import SCHEMES
@@ -272,25 +273,25 @@ class Fast:
         self.run(self.plan.new_tokens)  # records a graph for every length on the way
 
     def stages(self) -> dict[str, float]:
-        slots = self.engine.slots
-        began = self.plan.now()
-        for prompt in self.prompts:
-            log_mel(prompt.clips[0].to(self.plan.device), self.model.config.audio.num_mel_bins)
-        mel = self.plan.now() - began
-        encode, took = slots.encode, [0.0]
+        slots, took = self.engine.slots, {"mel": 0.0, "encoder": 0.0}
+        encode, mel = slots.encode, slots_module.log_mel
 
-        def timed(clips: Any) -> Tensor:
-            before = self.plan.now()
-            rows = encode(clips)
-            took[0] = self.plan.now() - before
-            return rows
+        def timed(stage: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def run(*words: Any) -> Tensor:
+                before = self.plan.now()
+                found = function(*words)
+                took[stage] += self.plan.now() - before
+                return found
 
-        slots.encode = timed  # type: ignore[method-assign]
+            return run
+
+        slots.encode, slots_module.log_mel = timed("encoder", encode), timed("mel", mel)
         try:
             ttft = self.run(1).ttft
         finally:
-            slots.encode = encode  # type: ignore[method-assign]
-        return {"mel": mel, "encoder": max(0.0, took[0] - mel), "prefill": ttft - took[0]}
+            slots.encode, slots_module.log_mel = encode, mel
+        prefill = ttft - took["encoder"]
+        return {"mel": took["mel"], "encoder": took["encoder"] - took["mel"], "prefill": prefill}
 
     def logits(self, forced: Tensor) -> Tensor:
         return forced_logits(self.engine.slots, self.prompts[:1], forced[None])[0]
@@ -384,8 +385,10 @@ class Theirs:
 
     def run(self, new_tokens: int) -> Run:
         began, stamps = self.plan.now(), self._stamps()
+        inputs = self.inputs()
+        mel = self.plan.now() - began
         self.model.generate(
-            **self.inputs(),
+            **inputs,
             do_sample=False,
             max_new_tokens=new_tokens,
             eos_token_id=None,
@@ -395,7 +398,7 @@ class Theirs:
         )
         first, last = stamps.times[1], stamps.times[-1]
         assert len(stamps.times) == new_tokens + 1
-        return Run(first - began, (last - first) / max(1, new_tokens - 1), {})
+        return Run(first - began, (last - first) / max(1, new_tokens - 1), {"mel": mel})
 
     def warm(self) -> None:
         # Compiling depends on the length of the static cache, and so on the number of tokens.
@@ -409,15 +412,12 @@ class Theirs:
             tower.register_forward_hook(lambda *_: marks.append(self.plan.now())),
         )
         try:
-            began = self.plan.now()
-            self.inputs()
-            mel = self.plan.now() - began
-            ttft = self.run(1).ttft
+            found = self.run(1)
         finally:
             for hook in hooks:
                 hook.remove()
-        encoder = marks[1] - marks[0]
-        return {"mel": mel, "encoder": encoder, "prefill": ttft - mel - encoder}
+        mel, encoder = found.stages["mel"], marks[1] - marks[0]
+        return {"mel": mel, "encoder": encoder, "prefill": found.ttft - mel - encoder}
 
     def logits(self, forced: Tensor) -> Tensor:
         inputs = self.inputs(1)

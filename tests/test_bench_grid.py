@@ -157,8 +157,7 @@ def test_a_run_from_the_command(
     for arm in cell["arms"].values():
         assert len(arm["tpot_runs"]) == 2 and arm["peak_bytes"] is None
         for stage in ("mel", "encoder", "prefill", "ttft", "tpot"):
-            assert arm[stage] > 0 or stage == "encoder"
-            assert arm["of_floor"][stage] > 0
+            assert arm[stage] > 0 and arm["of_floor"][stage] > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     assert "its speeds stand for nothing" in shown and "GB/s" in shown
