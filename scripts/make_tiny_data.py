@@ -3,7 +3,7 @@
     python scripts/make_tiny_data.py --out DIR                       everything
     python scripts/make_tiny_data.py --out DIR --stage pretrain      one stage alone
     python scripts/make_tiny_data.py --out DIR --stage pretrain --hours 20
-    python scripts/make_tiny_data.py --out DIR --small               a little, to try things
+    python scripts/make_tiny_data.py --out DIR --part 0.01           a little, to try things
 
     pretrain.jsonl  {"audio", "prompt", "gt", "source"}: the official form, for the base model
     sft.jsonl       {"messages", "audios"}: <audio> in the messages stands for each clip, in order
@@ -17,14 +17,13 @@
 
 Every row also has "task", "subtask", "language", "set" and "seconds" (of all its clips). Paths are
 relative to DIR. A run that was broken off goes on where it stopped. The same seed makes the same
-data. Needs espeak-ng and flite.
+data. Needs espeak-ng and flite, and for the test festival with its voice cmu_us_slt_arctic_hts.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
-import shutil
 import sys
 import time
 import wave
@@ -36,13 +35,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker, before num
 
 import numpy as np
 
-from tiny_data import render, tasks
+from tiny_data import render, speech, tasks
 
 RATE = 16_000
 FOLDER = 1_000  # rows whose clips, two at most, share a folder
 CHUNK = 400  # rows made at a time; what a broken-off run loses, for each worker
 ROWS = {"pretrain": 50_000, "sft": 30_000, "valid": 600, "test": 2_620}
-SMALL = {"pretrain": 2_000, "sft": 500, "valid": 60, "test": 300}
+LEAST = {"pretrain": 100, "sft": 100, "valid": 32, "test": 131}  # a test of every task
 DRAW = {
     "pretrain": tasks.pretrain,
     "sft": tasks.sft,
@@ -195,6 +194,14 @@ def write_texts(out: Path, rows: dict[str, int], seed: int) -> None:
     new.rename(out / "texts.txt")
 
 
+def check_engines(test: bool) -> None:
+    """Let each engine speak a word, so that one that is missing is told of before all the work."""
+    names = ["kal", *(name for _, name, _ in speech.OTHERS["test"] if test)]
+    for voice in speech.voices("en", "train") + speech.voices("en", "test"):
+        if voice.key == ["espeak", "en-us", ""] or voice.name in names:
+            speech.speak("ten", voice)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -203,22 +210,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stage", choices=ROWS, help="only this one; default: all four")
     parser.add_argument("--rows", type=int, metavar="N", help="rows of each stage made")
     parser.add_argument("--hours", type=float, metavar="H", help="stop a stage at so much sound")
-    parser.add_argument("--small", action="store_true", help="little of everything")
+    parser.add_argument("--part", type=float, default=1.0, metavar="P", help="so much of all rows")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
     args = parser.parse_args(argv)
-    for program in ("espeak-ng", "flite"):
-        if shutil.which(program) is None:
-            parser.error(f"{program} is not installed (Debian and Ubuntu: apt install {program})")
     out = args.out.resolve()
+    wanted = [stage for stage in ROWS if args.stage in (None, stage)]
+    try:
+        check_engines("test" in wanted and not (out / "test.jsonl").exists())
+    except speech.SpeechError as error:
+        parser.error(str(error))
     out.mkdir(parents=True, exist_ok=True)
-    counts = SMALL if args.small else ROWS
+    counts = {stage: max(LEAST[stage], round(args.part * rows)) for stage, rows in ROWS.items()}
     if args.rows:
         counts = dict.fromkeys(counts, args.rows)
-    write_texts(out, counts, args.seed)
-    for stage, rows in counts.items():
-        if args.stage in (None, stage):
-            make(out, stage, rows, args.seed, args.workers, args.hours)
+    if not (out / "texts.txt").exists():
+        write_texts(out, counts, args.seed)
+    for stage in wanted:
+        make(out, stage, counts[stage], args.seed, args.workers, args.hours)
     return 0
 
 

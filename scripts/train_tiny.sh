@@ -3,7 +3,8 @@
 #
 #     bash scripts/train_tiny.sh [DIR]        default: tiny-run
 #
-# Every part goes on where it was broken off. Needs espeak-ng and flite. PRETRAIN_MINUTES (90),
+# Every part goes on where it was broken off. Needs espeak-ng, flite and festival with its voice
+# festvox-us-slt-hts. PRETRAIN_MINUTES (90),
 # SFT_MINUTES (30) and DPO_MINUTES (5) say how long the stages may take: the learning rate falls to
 # zero by then, so more minutes or a faster machine make a better model. The data comes before that.
 set -euo pipefail

@@ -12,6 +12,8 @@ from qwen2audio_core import frontend
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
+import make_tiny_data
+
 from tiny_data import render, sounds, speech
 
 RATE = speech.RATE
@@ -104,6 +106,19 @@ def test_festival_speaks_at_the_asked_rate() -> None:
     assert rms(fast) > 0.003
     assert len(slow) > 1.4 * len(fast)
     np.testing.assert_array_equal(slow, speech.speak('five "red" apples', voice, rate=120))
+
+
+@needs_engines
+def test_a_missing_engine_is_told_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # festival is the one that is a program
+    monkeypatch.setattr(speech, "_server", None)
+    with pytest.raises(SystemExit) as stop:
+        make_tiny_data.main(["--out", str(tmp_path / "data")])
+    assert stop.value.code == 2 and not (tmp_path / "data").exists()
+    assert "festival is not installed" in capsys.readouterr().err
+    make_tiny_data.check_engines(test=False)
 
 
 @needs_engines
