@@ -291,6 +291,34 @@ def test_speech_sounds_become_a_label_for_every_frame(tokenizer, tmp_path) -> No
         Sounds(write_lines(tmp_path / "phones.jsonl", [{"audio": "a.wav"}]))
 
 
+def test_tokens_of_a_transcript_are_placed_where_they_are_said(tokenizer, tmp_path) -> None:
+    tone(tmp_path / "a.wav", 300, 2.0)
+    phones = [["_", 0.0], ["h", 0.4], ["i", 0.8], ["_:", 1.2], ["h", 1.4], ["i", 1.6], ["_", 1.9]]
+    known = {"audio": "a.wav", "phones": phones, "end": 1.9}
+    sounds = Sounds(write_lines(tmp_path / "phones.jsonl", [known]))
+    clip = str(tmp_path / "a.wav")
+    parts = torch.tensor([0.0, 0.125, 0.25, 0.5, 1.0])
+    assert sounds.when(clip, parts).tolist() == pytest.approx([0.4, 0.6, 0.8, 1.4, 1.9])
+    assert sounds.when(str(tmp_path / "b.wav"), parts) is None
+
+    row = {"audio": "a.wav", "prompt": "Write it down: ", "gt": "<|en|>hi hi", "source": "asr_en"}
+    other = {**row, "source": "caption"}
+    examples = [encode(row_of(each, tmp_path), tokenizer) for each in (other, row)]
+    assert collate(examples, 0, sounds=sounds).heard is None
+    batch = collate(examples, 0, sounds=sounds, tokenizer=tokenizer)
+    said = [(r, int(batch.ids[r, p]), low, high) for r, p, low, high in batch.heard.tolist()]
+    assert {r for r, *_ in said} == {1}
+    spelled = b"".join(tokenizer.bytes_of(token) for _, token, _, _ in said)
+    assert spelled == b"hi hi"  # neither the tag nor the end of the turn
+    ids = batch.ids[1].tolist()
+    first = ids.index(tokenizer.id_of("<|AUDIO|>"))
+    _, _, low, high = said[0]
+    # The first token, a fifth or two of the text, is said within 0.4 to 1.4 s: 40 ms a position.
+    assert first + 10 - 6 <= low < high <= first + 35 + 7
+    assert all(first <= low < high <= first + 50 for _, _, low, high in said)
+    assert [low for _, _, low, _ in said] == sorted(low for _, _, low, _ in said)
+
+
 # Random changes
 
 

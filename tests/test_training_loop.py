@@ -109,6 +109,41 @@ def test_recomputed_activations_give_the_same_gradient(base, data, tmp_path, mon
     assert all(torch.equal(two[name], expected) for name, expected in one.items())
 
 
+def spoken(folder: Path) -> tuple[str, str]:
+    """Rows of two tones, one a letter, in either order and at either pace; and when each begins."""
+    rows, known = [], []
+    for i in range(16):
+        change = (0.2, 0.4)[i % 2]
+        clip = tone(folder / f"{i}.wav", 300 + 50 * i, 0.6)
+        row = {"audio": clip, "prompt": "Which?", "gt": "ab", "source": "asr", "seconds": 0.6}
+        rows.append(row)
+        known.append({"audio": clip, "phones": [["a", 0.0], ["b", change]], "end": 0.6})
+    return write_lines(folder / "rows.jsonl", rows), write_lines(folder / "when.jsonl", known)
+
+
+def test_attention_is_led_to_where_a_token_is_said(base, tmp_path, monkeypatch) -> None:
+    rows, sounds = spoken(tmp_path)
+    asked = {"sounds": sounds, "sounds_weight": 1e-9, "attend_weight": 1.0, "lr": 3e-3}
+    plain = a_run(base, [rows], tmp_path / "plain", **asked)
+    again = a_run(base, [rows], tmp_path / "again", recompute=True, **asked)
+    one = gradients(plain, [batch_of(plain, range(4))], monkeypatch)
+    two = gradients(again, [batch_of(again, range(4))], monkeypatch)
+    assert one.keys() == two.keys()
+    for name, expected in one.items():
+        torch.testing.assert_close(two[name], expected, rtol=1e-4, atol=1e-7, msg=name)
+    monkeypatch.undo()
+    run = a_run(base, [rows], tmp_path / "run", warmup=1, **asked)
+    batch = batch_of(run, range(16))
+    assert batch.heard is not None and len(batch.heard) >= 16
+    found = []
+    for _ in range(30):
+        found.append(run.step([batch], 0.0)["attend"])
+        run.progress.step += 1
+    assert found[-1] < 0.5 * found[0]
+    with pytest.raises(InputError, match="attend_weight needs to know what is said when"):
+        settings(base, [rows], tmp_path, attend_weight=1.0)
+
+
 def test_recomputing_keeps_less(base, data, tmp_path) -> None:
     def kept(run: loop.Run) -> int:
         sizes: dict[int, int] = {}

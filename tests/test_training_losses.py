@@ -78,3 +78,20 @@ def test_a_text_that_cannot_fit_its_frames_counts_as_nothing() -> None:
     found = losses.ctc(logits, torch.tensor([2]), torch.tensor([[1, 1]]), torch.tensor([2]))
     found.backward()
     assert found.item() == 0.0 and not logits.grad.any()
+
+
+def test_guided_attention_is_the_surprise_at_where_a_token_is_said() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 9, 3, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    q.requires_grad_()
+    heard = torch.tensor([[0, 6, 1, 3], [1, 8, 2, 5]])
+    total = losses.attended(q, k, heard)
+    expected = 0.0
+    for row, position, low, high in heard.tolist():
+        for head in range(3):
+            scores = q[row, position - 1, head] @ k[row, :position, head].T / 8**0.5
+            expected += -scores.softmax(0)[low:high].sum().log() / 3
+    torch.testing.assert_close(total, expected, check_dtype=False)
+    total.backward()
+    touched = q.grad.abs().sum((2, 3)).nonzero().tolist()
+    assert touched == [[0, 5], [1, 7]]  # the positions that predict the tokens, and no other

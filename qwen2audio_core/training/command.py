@@ -65,8 +65,11 @@ def train(
         str | None, typer.Option(help="jsonl of when each speech sound is heard: another one.")
     ] = None,
     sounds_weight: Annotated[float, typer.Option(help="Of that loss.")] = 1.0,
+    attend_weight: Annotated[
+        float, typer.Option(help="Of a loss on the decoder: attend to where a token is said.")
+    ] = 0.0,
     auxiliary_until: Annotated[
-        float, typer.Option(help="Part of the run where both have sunk to 0.")
+        float, typer.Option(help="Part of the run where all of these have sunk to 0.")
     ] = 1.0,
     listen_steps: Annotated[
         int, typer.Option(help="So many steps at first with the auxiliary losses alone.")
@@ -142,6 +145,7 @@ def train(
         ctc_weight=ctc_weight,
         sounds=sounds,
         sounds_weight=sounds_weight,
+        attend_weight=attend_weight,
         auxiliary_until=auxiliary_until,
         listen_steps=listen_steps,
         dpo_beta=beta,

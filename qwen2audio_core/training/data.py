@@ -102,6 +102,7 @@ class Batch:
     tokens: int  # without padding
     spoken: list[tuple[int, str]] = field(default_factory=list)  # clip of the batch, its transcript
     sounds: list[tuple[int, Tensor]] = field(default_factory=list)  # clip, sound of each frame
+    heard: Tensor | None = None  # (P, 4)  row, position of a token, audio positions it is said in
     pairs: int = 0
     bad: list[str] = field(default_factory=list)  # rows that could not be read, file:line: why
 
@@ -111,7 +112,7 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORE).sum())
 
     def to(self, device: str | torch.device) -> "Batch":
-        for name in ("ids", "labels", "mel", "conv_frames"):
+        for name in ("ids", "labels", "mel", "conv_frames", "heard"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor.to(device, non_blocking=True))
@@ -507,6 +508,20 @@ class Sounds:
         middle = (torch.arange(frames) + 0.5) * 0.02
         return ids[torch.searchsorted(starts, middle, right=True)].masked_fill(middle >= end, 0)
 
+    def when(self, clip: str, parts: Tensor) -> Tensor | None:
+        """The second at which so much of the clip's speech has been said, 0 to 1, counted in
+        sounds. None for a clip that the file does not know, or without speech."""
+        if clip not in self._of:
+            return None
+        starts, ids, end = self._of[clip]
+        said = ids[1:] != 0
+        if not said.any():
+            return None
+        times = torch.cat([starts[said], torch.tensor([end])])
+        place = parts * int(said.sum())
+        before = place.long().clamp(max=len(times) - 2)
+        return times[before] + (place - before) * (times[before + 1] - times[before])
+
 
 # Random changes
 
@@ -578,11 +593,13 @@ def collate(
     augment: Augment | None = None,
     generator: torch.Generator | None = None,
     sounds: Sounds | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Batch:
     """Pad at the right, make the labels, compute the log-mels.
 
     examples  none at all make a batch of one padding token, which trains nothing
     pairs     better and worse answers, as Batch says; every example needs a rejected one
+    sounds    what is said when; with a tokenizer as well, also of the tokens of transcripts
     """
     written: list[tuple[list[int], list[tuple[int, int]]]] = []
     for example in examples:
@@ -601,9 +618,12 @@ def collate(
             labels[i, begin:end] = ids[i, begin:end]
     clips: list[Tensor] = []
     spoken, heard = [], []
-    for example in examples:
+    said: list[Tensor] = []
+    for i, example in enumerate(examples):
         if example.row.transcript:
             spoken.append((len(clips), example.row.transcript))
+            if sounds is not None and tokenizer is not None:
+                said += _said(i, example, sounds, tokenizer)
         for name, clip in zip(example.row.clips, example.clips, strict=True):
             if sounds is not None:
                 known = sounds.frames(name, clip_lengths(len(clip)).conv_frames)
@@ -628,8 +648,29 @@ def collate(
         sum(len(tokens) for tokens, _ in written),
         spoken,
         heard,
+        torch.cat(said) if said else None,
         len(examples) if pairs else 0,
     )
+
+
+def _said(row: int, example: Example, sounds: Sounds, tokenizer: Tokenizer) -> list[Tensor]:
+    """Batch.heard of one transcript: a token is taken to be said when as much of the speech has
+    passed as of the text's bytes, give or take a quarter of a second."""
+    begin, end = example.answers[-1]
+    sizes = torch.tensor([len(tokenizer.bytes_of(token)) for token in example.ids[begin:end]])
+    sizes = sizes.double()
+    middles = (sizes.cumsum(0) - sizes / 2) / sizes.sum().clamp(min=1)
+    times = sounds.when(example.row.clips[0], middles)
+    if times is None:
+        return []
+    first = example.ids.index(tokenizer.id_of("<|AUDIO|>"))
+    place = (times * 25).long()  # an audio token is 40 ms long
+    length = clip_lengths(len(example.clips[0])).audio_tokens
+    low = first + (place - 6).clamp(0, length - 1)
+    high = first + (place + 7).clamp(1, length)
+    positions = torch.arange(begin, end)
+    found = torch.stack([torch.full_like(positions, row), positions, low, high], dim=1)
+    return [found[sizes > 0]]
 
 
 class Loader:
@@ -667,6 +708,7 @@ class Loader:
             augment=self.augment,
             generator=generator,
             sounds=self.sounds,
+            tokenizer=self.tokenizer,
         )
         batch.bad = bad
         return batch

@@ -63,7 +63,8 @@ class Settings:
     ctc_weight: float = 0.0  # of an auxiliary loss on the encoder: which characters, in order
     sounds: str | None = None  # jsonl of when each speech sound is heard, as data.Sounds says
     sounds_weight: float = 1.0  # of an auxiliary loss on the encoder: which sound in each frame
-    auxiliary_until: float = 1.0  # both fall linearly to 0 at this part of the run
+    attend_weight: float = 0.0  # of an auxiliary loss: attend to a token where sounds place it
+    auxiliary_until: float = 1.0  # all fall linearly to 0 at this part of the run
     listen_steps: int = 0  # so many at first with the auxiliary losses alone
     dpo_beta: float = 0.1
     dpo_sft: float = 0.0  # weight of the better answers' own loss beside the preference
@@ -92,6 +93,8 @@ class Settings:
             raise InputError(
                 "clips of another speed have their sounds at other times: leave it out"
             )
+        if self.attend_weight and not self.sounds:
+            raise InputError("attend_weight needs to know what is said when: give sounds")
         if self.listen_steps and not (self.sounds or self.ctc_weight):
             raise InputError("listen_steps needs an auxiliary loss: give sounds or ctc_weight")
 
@@ -101,12 +104,18 @@ class Trainee(nn.Module):
 
     alphabet    characters of the transcripts; class i + 1 is alphabet[i], 0 the blank; "" for none
     sounds      how many speech sounds there are to name; 0 for no such head
+    attend      guide heads of the decoder to where the tokens of a transcript are said
     lockstep    run every part of the model on every batch, even on one without sound: processes
                 that share the weights wait for one another at each layer
     """
 
     def __init__(
-        self, model: Qwen2Audio, alphabet: str = "", sounds: int = 0, lockstep: bool = False
+        self,
+        model: Qwen2Audio,
+        alphabet: str = "",
+        sounds: int = 0,
+        attend: bool = False,
+        lockstep: bool = False,
     ):
         super().__init__()
         self.model = model
@@ -121,15 +130,36 @@ class Trainee(nn.Module):
             self.sounds_head = nn.Linear(width, sounds, device=device)
         if alphabet or sounds:
             model.audio_tower.layers[-1].register_forward_hook(self._keep)
+        self._queries: list[tuple[Tensor, Tensor]] = []
+        if attend:
+            layers = model.language_model.model.layers
+            for layer in layers[len(layers) // 2 :]:
+                module: Any = layer.self_attn
+                module.attention_op = self._guided(module.attention_op)
 
     def _keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self._states = output  # (n, T, Da), 50 a second
 
+    def _guided(self, op: Any) -> Any:
+        """The same attention, that keeps the first half of its heads' queries and keys."""
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.training:
+                half = max(1, k.shape[2] // 2)
+                group = q.shape[2] // k.shape[2]
+                kept = k[:, :, :half].repeat_interleave(group, dim=2)
+                self._queries.append((q[:, :, : half * group], kept))
+            y: Tensor = op(q, k, v, *args, **kwargs)
+            return y
+
+        return attention
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sums over the batch: "loss" over tokens; with heads for them, "ctc" over clips, "sounds"
-        over frames and how many of these are "right". For pairs, "log_probs" (2N,) of the answers,
-        and the "loss" is that of the better ones."""
+        over frames and how many of these are "right", "attend" over tokens. For pairs,
+        "log_probs" (2N,) of the answers, and the "loss" is that of the better ones."""
         found: dict[str, Tensor] = {}
+        self._queries = []
         if self.listening:
             if batch.mel is not None or self.lockstep:
                 self._audio(batch)
@@ -148,6 +178,9 @@ class Trainee(nn.Module):
             found["ctc"] = self._ctc(batch)
         if hasattr(self, "sounds_head") and batch.sounds:
             found["sounds"], found["right"] = self._sounds(batch)
+        if self._queries and batch.heard is not None:
+            each = [losses.attended(q, k, batch.heard) for q, k in self._queries]
+            found["attend"] = torch.stack(each).mean()
         if self.lockstep:  # a gradient for every head on every process, be it zero
             heads = [p for name, p in self.named_parameters() if not name.startswith("model.")]
             found["loss"] = found["loss"] + 0 * sum(head.sum() for head in heads)
@@ -330,7 +363,10 @@ class Run:
         torch.manual_seed(settings.seed)
         sounds = Sounds(settings.sounds) if settings.sounds else None
         kinds = len(sounds.names) if sounds else 0
-        self.trainee = Trainee(model, self.progress.alphabet, kinds, lockstep=group.world > 1)
+        attend = settings.attend_weight > 0
+        self.trainee = Trainee(
+            model, self.progress.alphabet, kinds, attend, lockstep=group.world > 1
+        )
         parallel.spread(self.trainee, model, group)
         self.trained = [p for p in self.trainee.parameters() if p.requires_grad]
         self.optimizer = self._make_optimizer()
@@ -489,6 +525,7 @@ class Run:
                 float(sum(len(batch.spoken) for batch in batches)),
                 float(sum(batch.pairs for batch in batches)),
                 float(sum(len(known) for batch in batches for _, known in batch.sounds)),
+                float(sum(len(batch.heard) for batch in batches if batch.heard is not None)),
                 sum(batch.seconds for batch in batches),
                 float(sum(batch.tokens for batch in batches)),
             ]
@@ -496,12 +533,12 @@ class Run:
         if counts[0] == 0 and self.progress.step == 0:
             first = next((line for batch in batches for line in batch.bad), "")
             raise InputError(f"the first batches hold no row that can be used: {first}")
-        positions, clips, pairs, frames = (max(1.0, count) for count in counts[:4])
+        positions, clips, pairs, frames, said = (max(1.0, count) for count in counts[:5])
         auxiliary = max(0.0, 1 - part / settings.auxiliary_until)
         lr = self._set_rate(part)
         self.trainee.train()
         self.trainee.listening = self.progress.step < settings.listen_steps
-        sums = [0.0] * 6  # next token, ctc; won and margin of pairs; sounds, and how many right
+        sums = [0.0] * 7  # next token, ctc; won and margin of pairs; sounds, how many right; attend
         for batch in batches:
             batch.to(group.device)
             reference = self._reference(batch) if batch.pairs else None
@@ -524,15 +561,18 @@ class Run:
                 sums[4] += float(found["sounds"].detach()) / frames
                 sums[5] += float(found["right"]) / frames
                 loss = loss + auxiliary * settings.sounds_weight / frames * found["sounds"]
+            if "attend" in found:
+                sums[6] += float(found["attend"].detach()) / said
+                loss = loss + auxiliary * settings.attend_weight / said * found["attend"]
             # Gradients are averaged over processes, the counts above are sums over them.
             if loss.requires_grad:  # listening, on a batch without speech, it does not
                 (loss * group.world).backward()
         parallel.average_whole(self.trained, group)
         norm = parallel.clip_gradients(self.trained, settings.clip, group)
         self._update(norm)
-        loss_sum, ctc_sum, won, margin, sounds, right = group.total(sums)
-        self.progress.audio_seconds += counts[4]
-        self.progress.tokens += int(counts[5])
+        loss_sum, ctc_sum, won, margin, sounds, right, attend = group.total(sums)
+        self.progress.audio_seconds += counts[5]
+        self.progress.tokens += int(counts[6])
         figures = {"loss": loss_sum, "norm": norm, "lr": lr}
         if self.progress.alphabet:
             figures["ctc"] = ctc_sum
@@ -540,7 +580,9 @@ class Run:
             figures |= {"won": won, "margin": margin}
         if settings.sounds:
             figures |= {"sounds": sounds, "right": right}
-        return figures | {"audio_seconds": counts[4], "tokens": counts[5]}
+        if settings.attend_weight:
+            figures["attend"] = attend
+        return figures | {"audio_seconds": counts[5], "tokens": counts[6]}
 
     def _update(self, norm: float) -> None:
         if math.isfinite(norm):

@@ -76,6 +76,26 @@ def frames(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return next_token(logits, labels), (logits.argmax(-1) == labels).sum()
 
 
+def attended(q: Tensor, k: Tensor, heard: Tensor) -> Tensor:
+    """Guided attention: -log of the attention that falls where a token is said, summed over tokens
+    and averaged over heads.
+
+    q, k   (B, T, H, C)  queries and keys, rotated, of the heads that are guided
+    heard  (P, 4)  row, position of the token, which the position before predicts, and the first
+           and the last + 1 of the keys where it is said
+    returns ()
+    After Tachibana et al., arXiv 1710.08969, which guides by a diagonal instead of known times.
+    """
+    row, position, low, high = heard.unbind(1)
+    query = q[row, position - 1].float()  # (P, H, C)
+    scores = torch.einsum("phc,pshc->phs", query * q.shape[-1] ** -0.5, k.float()[row])
+    keys = torch.arange(k.shape[1], device=k.device)
+    scores = scores.masked_fill((keys >= position[:, None])[:, None], float("-inf"))
+    inside = ((keys >= low[:, None]) & (keys < high[:, None]))[:, None]
+    there = scores.masked_fill(~inside, float("-inf")).logsumexp(-1)
+    return (scores.logsumexp(-1) - there).mean(1).sum()
+
+
 def ctc(logits: Tensor, frames: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:
     """Connectionist temporal classification: sum over clips of -log p(text | frames) / characters.
 

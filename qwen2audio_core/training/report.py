@@ -59,7 +59,7 @@ class Report:
         left = progress["seconds"] * (1 - part) / part if part > 0 else float("inf")
         extra = "".join(
             f"  {key} {means[key]:.3f}"
-            for key in ("ctc", "sounds", "right", "won", "margin")
+            for key in ("ctc", "sounds", "right", "attend", "won", "margin")
             if key in means
         )
         self.note(
@@ -133,6 +133,7 @@ def plot(out: Path) -> Path | None:
         ("train", "loss"),
         ("train", "ctc"),
         ("train", "sounds"),
+        ("train", "attend"),
         ("valid", "valid_loss"),
     ):
         points = [
