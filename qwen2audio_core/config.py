@@ -7,7 +7,7 @@ Letters used in shape comments everywhere in this package:
 
     B batch          T query positions    H query heads         M mel bins       V vocabulary
     N samples        S key positions      G key/value heads     F mel frames
-    A audio tokens   D text width         C channels per head   Da audio width
+    A audio tokens   D text width         C channels per head   Da audio width   n clips
 """
 
 import json

@@ -1,4 +1,7 @@
-"""Log-mel spectrogram to audio states: a Whisper encoder with an average pool behind it."""
+"""Log-mel spectrogram to audio states: a Whisper encoder with an average pool behind it.
+
+F mel frames of 10 ms become T positions of 20 ms, the conv frames, and A audio tokens of 40 ms.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +24,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class EncoderAttention(nn.Module):
-    """Self-attention over all valid frames of a clip. The key projection has no bias."""
+    """Self-attention over all valid positions of a clip. The key projection has no bias."""
 
     def __init__(self, config: AudioConfig):
         super().__init__()
@@ -35,11 +38,11 @@ class EncoderAttention(nn.Module):
 
     def forward(self, x: Tensor, key_end: Tensor | None) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_proj(x).view(heads)  # (B, T, H, C)
+        q = self.q_proj(x).view(heads)  # (n, T, H, C)
         k = self.k_proj(x).view(heads)
         v = self.v_proj(x).view(heads)
         y = self.attention_op(q, k, v, key_end=key_end)
-        return self.out_proj(y.reshape(x.shape))  # (B, T, Da)
+        return self.out_proj(y.reshape(x.shape))  # (n, T, Da)
 
 
 class EncoderLayer(nn.Module):
@@ -90,13 +93,13 @@ class AudioEncoder(nn.Module):
         """
         longest = int(conv_frames.max())
         x = self.gelu_op(self.conv1(mel.to(self.conv1.weight.dtype)))  # (n, Da, F)
-        x = self.gelu_op(self.conv2(x))[:, :, :longest].transpose(1, 2)  # (n, T, Da), 20 ms a frame
+        x = self.gelu_op(self.conv2(x))[:, :, :longest].transpose(1, 2)  # (n, T, Da)
         x = x + self.embed_positions.weight[:longest]
-        # Frames behind a shorter clip's end are computed with the batch and hidden from attention.
+        # What is behind a shorter clip's end is computed with the batch, hidden from attention.
         ragged = bool((conv_frames != longest).any())
         key_end = conv_frames.to(x.device) if ragged else None
         for layer in self.layers:
             x = layer(x, key_end)
-        # Two frames to one token, 40 ms; a last odd frame is heard by the layers, then dropped.
+        # Two positions to one token; a last odd one is heard by the layers, then dropped.
         x = F.avg_pool1d(x.transpose(1, 2), kernel_size=2, stride=2).transpose(1, 2)  # (n, A, Da)
         return self.layer_norm(x)

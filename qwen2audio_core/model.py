@@ -37,13 +37,15 @@ class Qwen2Audio(nn.Module):
         conv_frames     (n,)  integers, frontend.clip_lengths(samples).conv_frames of each clip
         attention_mask  (B, T)  1 for real tokens and 0 for padding at the left or the right of a
                         row; None where nothing is padded. With a cache, give it with the prompt
-                        and not again; padding is then at the left.
+                        and not again; with a cache or last_only, padding is at the left.
         cache           an empty one to fill, or one that holds the tokens before ids; advanced by T
         last_only       compute the last position alone, all that generating needs
         returns         logits (B, T, V), or (B, 1, V) with last_only, in the weights' dtype
         errors          PromptError where clips and places differ; ValueError for a broken mask
         """
-        if cache is not None and cache.length > 0 and mel is None:
+        if cache is not None and cache.length > 0 and mel is None and ids.shape[1] == 1:
+            # A single id is one that was just generated: an ordinary one, whichever it is, and
+            # looking at it would make the GPU wait at every token.
             x = self.language_model.model.embed_tokens(ids)
         else:
             x = self.embed(ids, mel, conv_frames)
@@ -71,6 +73,8 @@ class Qwen2Audio(nn.Module):
         last_only: bool = False,
     ) -> Tensor:
         """The second half of forward: embeddings (B, T, D) to logits. Arguments as there."""
+        if last_only and attention_mask is not None:
+            refuse_right_padding(attention_mask, "last_only")
         x = self.hidden(x, attention_mask, cache)
         return self.language_model.lm_head(x[:, -1:] if last_only else x)
 
@@ -90,6 +94,8 @@ class Qwen2Audio(nn.Module):
         else:
             positions, key_start = read_mask(x, attention_mask)
             if cache is not None:
+                if attention_mask is not None:
+                    refuse_right_padding(attention_mask, "a cache")
                 cache.key_start = key_start
         x = self.language_model.model(x, positions, key_start, cache)
         if cache is not None:
@@ -119,7 +125,13 @@ def splice(
     places = torch.bincount(run).tolist()
     clips = audio_tokens.tolist()
     if len(places) != len(clips):
-        raise PromptError(f"{len(clips)} clips were given, the prompt has places for {len(places)}")
+        line = f"{len(clips)} clips were given, the prompt has places for {len(places)}"
+        if len(places) < len(clips) and sum(places) == sum(clips):
+            line += (
+                ": the places of two clips touch and count as one;"
+                " put <|audio_eos|><|audio_bos|> between them"
+            )
+        raise PromptError(line)
     for i, (held, needed) in enumerate(zip(places, clips, strict=True), start=1):
         if held != needed:
             raise PromptError(
@@ -148,3 +160,12 @@ def read_mask(x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor 
         )
     positions = (columns - start[:, None]).clamp(min=0)
     return positions, start if bool(start.any()) else None
+
+
+def refuse_right_padding(attention_mask: Tensor, what: str) -> None:
+    """Raise ValueError where a row's last position is padding."""
+    if not bool(attention_mask[:, -1].all()):
+        raise ValueError(
+            f"attention_mask pads at the right; with {what} every row must end in a real token:"
+            " pad at the left"
+        )

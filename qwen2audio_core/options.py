@@ -44,3 +44,4 @@ Quantize = Annotated[
     Literal["int8", "int4"] | None,
     typer.Option(help="Language model in 8 or 4 bits a weight: less memory, faster, less exact."),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qwen2audio_core.options import Model
+from qwen2audio_core.options import Model, Overwrite
 from qwen2audio_core.terminal import note, printable, write
 
 
@@ -16,9 +16,7 @@ def quantize(
     group: Annotated[
         int, typer.Option(help="Inputs that share a scale in 4 bits: 128, 64 or 32.")
     ] = 128,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a checkpoint anew with its language model in 8 or 4 bits a weight.
 

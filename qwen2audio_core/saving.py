@@ -194,7 +194,8 @@ def _check_target(folder: Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise CheckpointError(
-            f"{folder}: holds a checkpoint already; ask for overwrite or choose another"
+            f"{folder}: holds a checkpoint already; choose another folder, or replace it with"
+            " --overwrite (in Python: overwrite=True)"
         )
 
 

@@ -10,11 +10,6 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:  # PyTorch takes seconds to load; the help text does not wait for it
     from qwen2audio_core.assistant import Assistant
 
-SMALL = {  # models that are not to be taken for the published one
-    "tiny": "the project's own small model: a few hundred words and sounds, learnt from synthetic"
-    " speech; it errs on all else",
-    "random": "a small random model: it shows that everything runs, its words mean nothing",
-}
 URLS = ("http://", "https://", "data:", "file://")
 
 
@@ -28,12 +23,14 @@ def load(
     """The model that a command's options name; says on stderr what it should not be taken for."""
     import torch
 
-    from qwen2audio_core import assistant
+    from qwen2audio_core import assistant, tiny
 
-    if model in SMALL:
-        note(f"{model} is {SMALL[model]}")
     kind = None if dtype is None else getattr(torch, dtype)
-    return assistant.load(model, device, kind, pack=False if no_pack else None, quantize=quantize)
+    pack = False if no_pack else None
+    loaded = assistant.load(model, device, kind, pack=pack, quantize=quantize)
+    if small := tiny.which(loaded.model):
+        note(tiny.WARNINGS[small])
+    return loaded
 
 
 @contextmanager

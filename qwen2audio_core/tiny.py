@@ -21,9 +21,10 @@ from torch import Tensor
 from qwen2audio_core.config import AudioConfig, Qwen2AudioConfig, TextConfig
 from qwen2audio_core.errors import CheckpointError
 from qwen2audio_core.hub import TOKENIZER_FILES, inside
+from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.saving import write
 from qwen2audio_core.tokenizer import byte_symbols
-from qwen2audio_core.weights import preprocessor_config, without_storage
+from qwen2audio_core.weights import preprocessor_config, read_headers, without_storage
 
 # The published added tokens in their order. Their ids follow the base vocabulary.
 SPECIAL_TOKENS = [
@@ -45,6 +46,13 @@ SPECIAL_TOKENS = [
 ]
 BYTES = 256  # the tiny tokenizer's base vocabulary: every byte a token, nothing merged
 LETTERS = (*range(64, 90), 220)  # of them, a to z and the space
+
+WARNINGS = {  # what to say where one of the small models answers
+    "tiny": "This is the project's own small model: a few hundred words and sounds, learnt from"
+    " synthetic speech. It errs on all else.",
+    "random": "This is the small random model: it shows that everything runs, its words mean"
+    " nothing.",
+}
 
 TINY = Qwen2AudioConfig(
     AudioConfig(d_model=64, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=128),
@@ -177,6 +185,18 @@ def byte_tokenizer() -> dict[str, bytes]:
         "merges.txt": b"#version: 0.2\n",
         "tokenizer_config.json": _json(config),
     }
+
+
+def which(model: Qwen2Audio) -> str:
+    """Whether a model is "tiny" or "random", in whatever dtype or bits; "" for any other."""
+    shapes = {"tiny": Qwen2AudioConfig.from_json(trained() / "config.json"), "random": TINY}
+    for name, shape in shapes.items():
+        if model.config == shape:
+            place = trained() if name == "tiny" else folder()
+            own = model.audio_tower.conv1.weight.detach().cpu()  # never quantised
+            stored = read_headers(place)["audio_tower.conv1.weight"].read()
+            return name if torch.equal(own, stored.to(own.dtype)) else ""
+    return ""
 
 
 def trained() -> Path:

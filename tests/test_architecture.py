@@ -53,6 +53,7 @@ SIDEWAYS = {
     ("quantize", "backends"),
     ("assistant", "generate"),
     ("terminal", "assistant"),
+    ("terminal", "tiny"),
     ("assistant", "tiny"),
     ("quantize_command", "info"),
     ("probe", "points"),

@@ -57,7 +57,7 @@ def run(monkeypatch, capsys):
 def failure(result):
     """The one line of a failed call, which wrote nothing to stdout."""
     code, out, err = result
-    lines = [line for line in err.splitlines() if " is a small random model" not in line]
+    lines = [line for line in err.splitlines() if "This is the small random model" not in line]
     assert (code, out) == (2, ""), err
     assert len(lines) == 1 and lines[0].startswith("error: "), err
     return lines[0]

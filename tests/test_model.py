@@ -135,6 +135,22 @@ def test_a_generated_audio_token_is_an_ordinary_id(model):
         assert model(torch.tensor([[AUDIO]]), cache=cache).isfinite().all()
 
 
+def test_audio_tokens_behind_a_cache_need_a_clip(model):
+    cache = KVCache(tiny.TINY.text, 1, 60)
+    sound = clip(16000)
+    held = [AUDIO] * clip_lengths(len(sound)).audio_tokens
+    mel = log_mel(sound)[None]
+    frames = torch.tensor([clip_lengths(len(sound)).conv_frames])
+    with torch.no_grad():
+        model(torch.tensor([[1, 2]]), cache=cache)
+        with pytest.raises(PromptError, match="has places for audio, but no clip was given"):
+            model(torch.tensor([[3, *held, 4]]), cache=cache)
+        assert cache.length == 2  # nothing was read
+        got = model(torch.tensor([[3, *held, 4]]), mel, frames, cache=cache)
+        expected = model(torch.tensor([[1, 2, 3, *held, 4]]), mel, frames)[:, 2:]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 # --- splice ---------------------------------------------------------------------------------------
 
 
@@ -157,7 +173,8 @@ def test_splice_puts_every_row_in_its_place():
     "rows, tokens, message",
     [
         (["xaaxaa"], [3, 1], "clip 1 needs 3 audio tokens, the prompt holds 2 for it"),
-        (["xaax"], [1, 1], "2 clips were given, the prompt has places for 1"),
+        (["xaax"], [1, 1], "2 clips .* for 1: the places of two clips touch and count as one"),
+        (["xaax"], [2, 1], "2 clips were given, the prompt has places for 1$"),
         (["xaaxa"], [3], "1 clips were given, the prompt has places for 2"),
         (["xxxx"], [2], "1 clips were given, the prompt has places for 0"),
         (["xxaa", "aaxx"], [4], "1 clips were given, the prompt has places for 2"),
@@ -185,6 +202,18 @@ def test_a_mask_with_a_hole_is_an_error(model):
         model(ids, attention_mask=torch.tensor([[1, 0, 1, 1]]))
     with pytest.raises(ValueError, match="attention_mask is \\(1, 3\\), the ids are \\(1, 4\\)"):
         model(ids, attention_mask=torch.ones(1, 3))
+
+
+def test_right_padding_where_the_last_position_is_read_on(model):
+    ids, mask = torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    with torch.no_grad():
+        assert model(ids, attention_mask=mask).isfinite().all()
+        with pytest.raises(ValueError, match=r"with last_only .* pad at the left"):
+            model(ids, attention_mask=mask, last_only=True)
+        cache = KVCache(tiny.TINY.text, 2, 4)
+        with pytest.raises(ValueError, match=r"with a cache .* pad at the left"):
+            model(ids, attention_mask=mask, cache=cache)
+    assert cache.length == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

@@ -377,6 +377,7 @@ def test_the_commands(run, tmp_path, monkeypatch):
         for more in (("--model", out), ("--quantize", "int4"), ("--quantize", "int8"), ())
     ]
     assert answers[0]["ids"] == answers[1]["ids"]
+    assert tiny.WARNINGS["tiny"] in run("ask", "x", "--max-new-tokens", 1, "--model", out)[2]
     assert {answer["dtype"] for answer in answers} == {"bfloat16"}
     for words in (("quantize", "--model", out, tmp_path / "x"), ("ask", "x", "--quantize", "int2")):
         code, shown, notes = run(*words)
@@ -384,7 +385,7 @@ def test_the_commands(run, tmp_path, monkeypatch):
     code, _, notes = run("quantize", "--bits", 5, tmp_path / "x")
     assert code == 2 and "5 bits a weight are not supported" in notes
     code, _, notes = run("quantize", out)
-    assert code == 2 and "holds a checkpoint already" in notes
+    assert code == 2 and "holds a checkpoint already" in notes and "--overwrite" in notes
     assert run("quantize", "--overwrite", "--bits", 8, out)[0] == 0
     assert describe(str(out)).quantised == "int8"
     assert "int8, which transformers does not read" in run("compare", "x", "--model", out)[2]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from live_server import live  # noqa: F401  skips these tests where the extra is missing
@@ -212,6 +213,46 @@ def test_a_port_that_is_taken(start):
         port = str(other.getsockname()[1])
         error = start("--port", port)[0].exception
     assert isinstance(error, InputError) and "Address already in use" in str(error)
+
+
+def test_ctrl_c_before_it_answers_is_no_clean_end(monkeypatch, capsys):
+    def load(*options):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("qwen2audio_core.terminal.load", load)
+    monkeypatch.setattr(sys, "argv", ["qwen2audio", "serve", "--port", "0"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130 and capsys.readouterr().err.strip() == "interrupted"
+    assert "exit code 130" in DOCUMENT
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_as_the_server_starts_is_not_lost(monkeypatch, number):
+    seen = []
+
+    class Server:
+        def handle_exit(self, number, frame):
+            seen.append(number)
+
+        def run(self, sockets):
+            signal.raise_signal(number)  # before uvicorn listens for it
+
+    monkeypatch.setattr(running, "Engine", lambda model: None)
+    monkeypatch.setattr(running, "Service", lambda *parts: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(running, "make_server", lambda service, **options: Server())
+    before = signal.getsignal(number)
+    running.serve(None, SimpleNamespace(model=None), None, {})
+    assert seen == [number] and signal.getsignal(number) is before
+
+
+def test_quantised_while_it_is_read(monkeypatch):
+    given = []
+    monkeypatch.setattr(running, "serve", lambda sock, *parts, **options: sock.close())
+    monkeypatch.setattr("qwen2audio_core.terminal.load", lambda *options: given.append(options))
+    words = ["serve", "--port", "0", "--quantize", "int4"]
+    assert CliRunner().invoke(cli.app, words).exit_code == 0
+    assert given == [("tiny", None, None, False, "int4")]
 
 
 def test_without_the_extra_it_says_what_to_install(start, monkeypatch):

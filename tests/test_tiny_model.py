@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from oracle import load_both
 import qwen2audio_core as qa
 from qwen2audio_core import tiny
 from qwen2audio_core.assistant import Assistant
+from qwen2audio_core.model import Qwen2Audio
 
 CLIPS = tiny.trained().parent / "clips"
 FRAME = "<|audio_bos|><|AUDIO|><|audio_eos|>"
@@ -30,6 +32,15 @@ def test_its_files_are_small_and_complete() -> None:
     names = {path.name for path in folder.iterdir()}
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "MODEL_CARD.md"}
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_which_of_the_small_models_it_is(assistant: Assistant) -> None:
+    assert tiny.which(assistant.model) == "tiny"
+    assert tiny.which(qa.load("tiny", device="cpu", quantize="int4").model) == "tiny"
+    assert tiny.which(qa.load("random", device="cpu", dtype=torch.bfloat16).model) == "random"
+    torch.manual_seed(0)
+    assert tiny.which(Qwen2Audio(assistant.model.config)) == ""  # of its shape, and another
+    assert tiny.which(Qwen2Audio(replace(tiny.TINY, audio_token_id=7))) == ""
 
 
 QUESTIONS = [  # clip, question; None lets the clip ask

@@ -251,3 +251,9 @@ def test_options_that_do_not_go_together_are_one_line(base, run, tmp_path) -> No
         assert error.startswith("error: ") and why in error and error.count("\n") == 1, error
     with pytest.raises(InputError, match="stage is 'rl'"):
         settings(base, [file], tmp_path, stage="rl")
+
+
+@pytest.mark.parametrize("words", [["gone.jsonl"], ["gone.jsonl@2", "--lora", "--target", "x"]])
+def test_a_missing_file_is_said_before_anything_else(run, words) -> None:
+    """Before --steps or --minutes is asked for, before a model is looked for."""
+    assert run("train", *words, code=2) == "error: gone.jsonl: no such file\n"

@@ -597,7 +597,7 @@ def test_what_is_there_is_not_overwritten_unasked(made, small, tmp_path):
     model = weights.load_model(made)
     (tmp_path / "empty").mkdir()
     saving.save_model(model, tmp_path / "empty")
-    with pytest.raises(CheckpointError, match="overwrite"):
+    with pytest.raises(CheckpointError, match=r"--overwrite \(in Python: overwrite=True\)"):
         saving.save_model(model, small)
     saving.save_model(model.bfloat16(), small, overwrite=True)
     assert {t.dtype for t in weights.load_model(small).state_dict().values()} == {torch.bfloat16}

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qwen2audio_core.options import Device, Dtype, Model, NoPack
+from qwen2audio_core.options import Device, Dtype, Model, NoPack, Quantize
 
 
 def serve(
@@ -76,6 +76,7 @@ def serve(
     device: Device = None,
     dtype: Dtype = None,
     no_pack: NoPack = False,
+    quantize: Quantize = None,
 ) -> None:
     """Answer over HTTP as OpenAI does: chat with audio, transcriptions, translations.
 
@@ -120,7 +121,7 @@ def serve(
     sock = bind(host, port)
     if not alone and api_key is None:
         note(f"warning: everybody who reaches {host} can use this server: set QWEN2AUDIO_API_KEY")
-    assistant = load(model, device, dtype, no_pack)
+    assistant = load(model, device, dtype, no_pack, quantize)
     with quiet_libraries():
         run(
             sock,

@@ -1,7 +1,8 @@
 """From the options of the command line to a running server, and to its clean end.
 
-SIGTERM or Ctrl-C: no new connection is taken, what is being answered is finished, then the process
-ends with code 0. What is not finished within `grace` seconds is cancelled.
+SIGTERM or Ctrl-C, once the model is read: no new connection is taken, what is being answered is
+finished, then the process ends with code 0. What is not finished within `grace` seconds is
+cancelled.
 """
 
 import signal
@@ -63,10 +64,10 @@ def serve(
     service = Service(assistant, engine, policy)
     try:
         server = make_server(service, access_log=access_log, grace=grace)
-        # Once it is through with the requests, uvicorn raises the signal again, for whom it may
-        # concern: nobody.
-        before = signal.signal(signal.SIGTERM, lambda *_: None)
-        interrupt = signal.signal(signal.SIGINT, lambda *_: None)
+        # uvicorn takes the signals over a moment later; one that comes before must not be lost.
+        # Once it is through with the requests it raises them again: then this changes nothing.
+        before = signal.signal(signal.SIGTERM, server.handle_exit)
+        interrupt = signal.signal(signal.SIGINT, server.handle_exit)
         try:
             server.run(sockets=[sock])
         finally:

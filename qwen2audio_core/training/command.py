@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from qwen2audio_core.options import Device
+from qwen2audio_core.options import Device, Overwrite
 
 
 def train(
@@ -114,6 +114,8 @@ def train(
     from qwen2audio_core.training import inspect, loop
     from qwen2audio_core.training import lora as adapters
 
+    for file in filter(None, (*data, valid)):
+        rows.weighted(file)  # a file that is missing is the first thing to say
     if lora:
         adapter = adapters.Settings(
             rank, alpha, dropout, tuple(target) if target else adapters.LANGUAGE_MODEL
@@ -216,9 +218,7 @@ def merge(
         str | None,
         typer.Option("--model", "-m", help="What it belongs to; default: as the adapter says."),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Add an adapter to its model: a checkpoint that every command takes as --model.
 

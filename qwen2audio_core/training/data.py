@@ -28,6 +28,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -333,8 +334,8 @@ class Rows:
     """
 
     def __init__(self, files: Sequence[str], count_characters: bool = False):
-        pairs = [_weighted(file) for file in files]
-        self.files = [Path(file) for file, _ in pairs]
+        pairs = [weighted(file) for file in files]
+        self.files = [file for file, _ in pairs]
         self.weights = [weight for _, weight in pairs]
         self.bad: list[str] = []
         self.characters: Counter[str] = Counter()  # of the transcripts, if they are counted
@@ -380,16 +381,17 @@ class Rows:
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
-def _weighted(file: str) -> tuple[str, float]:
-    path, at, weight = str(file).rpartition("@")
-    if not at or Path(file).exists():
-        return str(file), 1.0
-    try:
-        value = float(weight)
-    except ValueError:
-        return str(file), 1.0
+def weighted(file: str) -> tuple[Path, float]:
+    """The path and the weight of "path" or "path@weight"; InputError where no file is there."""
+    path, value = Path(file), 1.0
+    before, at, weight = str(file).rpartition("@")
+    if at and not path.exists():
+        with suppress(ValueError):
+            path, value = Path(before), float(weight)
     if not 0 < value < 1e6:
         raise InputError(f"{file}: the weight is {weight}, expected a number above 0")
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
     return path, value
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen2audio_core.errors import InputError
+from qwen2audio_core.tiny import which
 from qwen2audio_core.web import app
 from qwen2audio_core.web.guard import Guard
 from qwen2audio_core.web.page import theme
@@ -57,8 +58,7 @@ def serving(
         device = str(assistant.device)
         kind = str(assistant.dtype).removeprefix("torch.")
         title = f"{assistant.name or 'model'} · {device} · {kind}"
-        warning = assistant.name if assistant.name in ("tiny", "random") else ""
-        blocks = app.build(sessions, title, warning)
+        blocks = app.build(sessions, title, which(assistant.model))
         over = threading.Event()
         sweeper = threading.Thread(target=_sweep, args=(sessions, over), daemon=True)
         sweeper.start()

@@ -1,5 +1,7 @@
 """Every text of the page, in English and Chinese."""
 
+from qwen2audio_core.tiny import WARNINGS
+
 LANGUAGES = {"en": "English", "zh": "中文"}
 
 _WORDS = {
@@ -14,12 +16,11 @@ _WORDS = {
         "### 录一个问题，或给它一段声音\n直接说话，或添加音频再提问。一轮中可以有多段音频和文字。",
     ),
     "tiny": (
-        "This is the project's own small model: a few hundred words and sounds, learnt from"
-        " synthetic speech. It errs on all else.",
+        WARNINGS["tiny"],
         "这是本项目自带的小模型：只从合成语音学过几百个词和一些声音，其余的会答错。",
     ),
     "random": (
-        "This is the small random model: it shows that everything runs, its words mean nothing.",
+        WARNINGS["random"],
         "这是随机初始化的小模型：只用来展示流程，它说的话没有意义。",
     ),
     # The composer
