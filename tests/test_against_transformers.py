@@ -289,26 +289,49 @@ def test_logits_of_a_padded_batch(pair, extractor, side):
     assert ours.isfinite().all()
 
 
-def test_bfloat16_is_as_near_to_float32_as_the_reference(pair, folder, extractor):
-    """Mean error against float32 over all conversations, and over five sets of weights."""
-    ours_error = theirs_error = 0.0
-    for seed in range(5):
+def norm_in_bfloat16(x, weight, eps):
+    """A planted mistake: statistics in the dtype of x, where ops.rms_norm takes float32."""
+    return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+
+
+def larger(excess):
+    """Whether a mean is above 0 by more than chance: by two standard errors, which are small."""
+    error = excess.std() / len(excess) ** 0.5
+    return bool(excess.mean() > 2 * error or error > 0.003)
+
+
+def test_bfloat16_is_as_near_to_float32_as_the_reference(pair, extractor, tmp_path):
+    """Paired by weights: the same eight prompts through both, for eight sets of weights.
+
+    The quantity is the mean error of our logits against float32 over that of the reference's, less
+    1. Weights are drawn independently, and so are these; prompts under the same weights are not.
+    """
+    inputs = []
+    for prompt in prompts_of(pair, CONVERSATIONS[1:9]):
+        batch = chat.collate([prompt], pad_of(pair))
+        inputs.append((batch, inputs_for(extractor, [prompt], batch)))
+    found = []
+    for seed in range(8):
         reference = oracle.reference_model(oracle.tiny_config(), seed)
-        oracle.save_official(reference, folder.parent / f"bf16-{seed}")
-        exact, _ = oracle.load_both(folder.parent / f"bf16-{seed}")
-        ours, theirs = oracle.load_both(folder.parent / f"bf16-{seed}", torch.bfloat16)
-        low = SimpleNamespace(ours=ours, reference=theirs, tokenizer=pair.tokenizer)
-        for conversation in CONVERSATIONS[1:9]:
-            rounded, peer = logits_of(low, extractor, conversation)
-            truth, _ = logits_of(
-                SimpleNamespace(ours=exact, reference=theirs, tokenizer=pair.tokenizer),
-                extractor,
-                conversation,
-            )
-            ours_error += (rounded.float() - truth).abs().mean().item()
-            theirs_error += (peer.float() - truth).abs().mean().item()
-    print(f"bf16 mean error: ours {ours_error / 40:.5f}, transformers {theirs_error / 40:.5f}")
-    assert ours_error <= theirs_error * 1.02  # equal up to the scatter of rounding
+        folder = oracle.save_official(reference, tmp_path / str(seed))
+        exact = load_model(folder)
+        ours, theirs = oracle.load_both(folder, torch.bfloat16)
+        wrong = load_model(folder, dtype=torch.bfloat16)
+        for module in wrong.modules():
+            if hasattr(module, "rms_norm_op"):
+                module.rms_norm_op = norm_in_bfloat16
+        errors = torch.zeros(3, dtype=torch.float64)
+        for batch, features in inputs:
+            given = (batch.ids, batch.mel, batch.conv_frames, batch.attention_mask)
+            with torch.no_grad():
+                truth = exact(*given)
+                logits = (ours(*given), wrong(*given), theirs(**features).logits)
+            errors += torch.stack([(one.float() - truth).abs().mean() for one in logits])
+        found.append(errors[:2] / errors[2] - 1)
+    excess, planted = torch.stack(found).unbind(1)
+    print(f"bf16 error over the reference's, less 1: {excess.tolist()}, planted {planted.tolist()}")
+    assert not larger(excess), excess
+    assert larger(planted), planted  # the control
 
 
 # --- generated ids --------------------------------------------------------------------------------
