@@ -159,6 +159,22 @@ def test_gradients_pass_even_after_inference_mode():
     assert waveform.grad.isfinite().all() and (waveform.grad != 0).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("bands", [1, 2, 3, 80, 128])
+def test_value_and_gradient_for_any_number_of_bands(bands):
+    """The published code in float64, all frequencies of every band, over the whole 30 s."""
+    waveform = signal(20000).double().requires_grad_()
+    padded = torch.nn.functional.pad(waveform, (0, 480000 - 20000))
+    window = torch.hann_window(400).double()
+    stft = torch.stft(padded, 400, 160, window=window, return_complex=True)[:, :-1]
+    x = (mel_filters(bands).double() @ stft.abs().square()).clamp(min=1e-10).log10()
+    reference = ((torch.maximum(x, x.max() - 8) + 4) / 4)[:, : clip_lengths(20000).input_frames]
+    ours = log_mel(waveform, bands)
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-9)
+    weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1)).double()
+    mine, theirs = (torch.autograd.grad((y * weight).sum(), waveform)[0] for y in (ours, reference))
+    torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max()))
+
+
 def test_lengths_at_the_edges():
     assert clip_lengths(320).audio_tokens == 0
     assert clip_lengths(321).audio_tokens == clip_lengths(960).audio_tokens == 1
