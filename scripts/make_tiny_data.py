@@ -6,6 +6,7 @@
     python scripts/make_tiny_data.py --out DIR --part 0.01           a little, to try things
 
     pretrain.jsonl  {"audio", "prompt", "gt", "source"}: the official form, for the base model
+    words.jsonl     the same form: words in no order, to be heard and not guessed
     sft.jsonl       {"messages", "audios"}: <audio> in the messages stands for each clip, in order
     valid.jsonl     both forms; voices of the training, sentences of its own drawing. Also by form,
                     as valid-pretrain.jsonl and valid-sft.jsonl
@@ -13,7 +14,8 @@
                     training never has
     texts.txt       every prompt and answer of the training, for the tokenizer
     phones.jsonl    {"audio", "phones", "end"}: which sound of speech is heard when in the clips of
-                    pretrain.jsonl that are one utterance of espeak-ng, for `train --sounds`
+                    pretrain.jsonl and words.jsonl that are one utterance of espeak-ng, for
+                    `train --sounds`
 
 Every row also has "task", "subtask", "language", "set" and "seconds" (of all its clips). Paths are
 relative to DIR. A run that was broken off goes on where it stopped. The same seed makes the same
@@ -40,14 +42,21 @@ from tiny_data import render, speech, tasks
 RATE = 16_000
 FOLDER = 1_000  # rows whose clips, two at most, share a folder
 CHUNK = 400  # rows made at a time; what a broken-off run loses, for each worker
-ROWS = {"pretrain": 50_000, "sft": 30_000, "valid": 600, "test": 2_620}
-LEAST = {"pretrain": 100, "sft": 100, "valid": 32, "test": 131}  # a test of every task
+ROWS = {"pretrain": 50_000, "words": 14_000, "sft": 30_000, "valid": 600, "test": 2_620}
+LEAST = {
+    "pretrain": 100,
+    "words": 100,
+    "sft": 100,
+    "valid": 32,
+    "test": 131,
+}  # a test of every task
 DRAW = {
     "pretrain": tasks.pretrain,
     "sft": tasks.sft,
     "valid": tasks.valid,
     "test": tasks.test,
     "pairs": tasks.pairs,  # made by make_tiny_pairs.py
+    "words": tasks.words,
 }
 SEEDS = {stage: i for i, stage in enumerate(DRAW)}
 
@@ -77,7 +86,7 @@ def make_chunk(job: Job) -> tuple[int, float]:
             paths.append(str(path.relative_to(out)))
             seconds += len(waveform) / RATE
         written = as_written(row, paths, seconds)
-        if heard and len(paths) == 1 and stage == "pretrain":
+        if heard and len(paths) == 1 and stage in ("pretrain", "words"):
             written["phones"] = [[name or "_", start] for name, start in heard]
         lines.append(json.dumps(written, ensure_ascii=False))
         total += seconds
@@ -173,7 +182,12 @@ def make(out: Path, stage: str, rows: int, seed: int, workers: int, hours: float
                     about = {"audio": row["audio"], "phones": phones, "end": phones[-1][1]}
                     heard.append(json.dumps(about, ensure_ascii=False) + "\n")
     if heard:
-        (out / "phones.jsonl").write_text("".join(heard), encoding="utf-8")
+        known = out / "phones.jsonl"
+        others = known.read_text("utf-8").splitlines(keepends=True) if known.exists() else []
+        own = json.dumps(f"wav/{stage}/")[:-1]
+        heard += [line for line in others if own not in line]
+        known.with_suffix(".new").write_text("".join(heard), encoding="utf-8")
+        known.with_suffix(".new").rename(known)
     new.rename(final)
     if stage == "valid":
         rows_of = {"pretrain": "prompt", "sft": "messages"}
@@ -188,7 +202,7 @@ def write_texts(out: Path, rows: dict[str, int], seed: int) -> None:
     """texts.txt: what the rows of the training stages ask and answer. Needs no clips."""
     new = out / "texts.txt.part"
     with new.open("w", encoding="utf-8") as file:
-        for stage in ("pretrain", "sft"):
+        for stage in ("pretrain", "words", "sft"):
             for i in range(rows[stage]):
                 file.writelines(line + "\n" for line in texts_of(DRAW[stage](i, seed)))
     new.rename(out / "texts.txt")

@@ -27,14 +27,14 @@ say "data: $data"
 # sound of speech is in each frame, alone, then beside the texts; and half of the heads of the upper
 # decoder layers where in the clip the next token of a transcript is said.
 say "pretraining"
-"${train[@]}" "$data/pretrain.jsonl" --stage pretrain --model "$out/begin" --out "$out/pretrain" \
-    --valid "$data/valid-pretrain.jsonl" --minutes "${PRETRAIN_MINUTES:-90}" --lr 1e-3 \
-    --batch-tokens 3000 --sounds "$data/phones.jsonl" --listen-steps 250 \
+"${train[@]}" "$data/pretrain.jsonl" "$data/words.jsonl" --stage pretrain \
+    --model "$out/begin" --out "$out/pretrain" --valid "$data/valid-pretrain.jsonl" \
+    --minutes "${PRETRAIN_MINUTES:-90}" --lr 1e-3 --batch-tokens 3000 --sounds "$data/phones.jsonl" --listen-steps 250 \
     --ctc-weight 0.3 --attend-weight 0.5 --auxiliary-until 0.95
 
 say "fine-tuning"
-"${train[@]}" "$data/sft.jsonl" "$data/pretrain.jsonl@0.3" --stage sft \
-    --model "$out/pretrain/model" --out "$out/sft" --valid "$data/valid-sft.jsonl" \
+"${train[@]}" "$data/sft.jsonl" "$data/pretrain.jsonl@0.3" "$data/words.jsonl@0.2" \
+    --stage sft --model "$out/pretrain/model" --out "$out/sft" --valid "$data/valid-sft.jsonl" \
     --minutes "${SFT_MINUTES:-30}" --lr 7e-4 --warmup 50 --batch-tokens 3600 \
     --sounds "$data/phones.jsonl" --sounds-weight 0.5 --attend-weight 0.3 --auxiliary-until 0.95
 

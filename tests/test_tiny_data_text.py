@@ -70,6 +70,23 @@ def test_numbers() -> None:
         assert len({texts.number(language, n) for n in range(100)}) == 100
 
 
+@pytest.mark.parametrize("language", texts.LANGUAGES)
+def test_words_in_no_order(language) -> None:
+    known = {word.split("/")[0] for word in texts.vocabulary(language)}
+    assert len(known) > 50 and not any(re.search(r"[.,?!。、，？\s]", word) for word in known)
+    rng = random.Random(0)
+    said = [texts.shuffled(language, rng) for _ in range(300)]
+    assert len({sentence.text for sentence in said}) > 250
+    for sentence in said:
+        assert sentence.text.endswith("." if language not in texts.UNSPACED else "。")
+        assert (sentence.spoken is None) == (language not in ("zh", "ja"))
+        if language not in texts.UNSPACED:
+            first, *rest = sentence.text[:-1].split(" ")
+            assert 1 <= len(rest) <= 5 and set(rest) <= known and first[0].isupper()
+    row = tasks.words(0, 0)
+    assert row["task"] == "asr" and row["gt"] == row["clips"][0]["text"]
+
+
 def test_english_vocabulary_and_sentences() -> None:
     rng = random.Random(0)
     sentences = {texts.english(rng, "train").text for _ in range(20_000)}

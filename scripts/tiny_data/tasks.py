@@ -790,6 +790,16 @@ def sft(i: int, seed: int, split: str = "train") -> Row:
     return _drawn("sft", SFT, i, seed, split)
 
 
+def words(i: int, seed: int) -> Row:
+    """Row i of words in no order, which pretraining recognises beside the sentences."""
+    rng = random.Random(f"words/{seed}/{i}")
+    maker, code = Maker(rng, "train"), _language(rng)
+    sentence = texts.shuffled(code, rng)
+    prompt = f"{RECOGNIZE}<|{code}|>"
+    row = _raw("asr", code, maker.say(sentence), prompt, sentence.text, f"asr_{code}", "words")
+    return _finish(row, "train", "voices")
+
+
 def pairs(i: int, seed: int) -> Row:
     """Row i of what the model is asked to find its own wrong answers, for preference training."""
     rng = random.Random(f"pairs/{seed}/{i}")

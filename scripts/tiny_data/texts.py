@@ -994,6 +994,44 @@ def shared(
             return word(language, rng.choice(found))
 
 
+# Words that sound like another one, which only grammar tells apart.
+_ALIKE = {
+    "en": _split("to"),
+    "fr": _split(
+        "et est c'est verre noire bleue chats chiens oiseaux poissons livres voitures pommes à au"
+    ),
+}
+
+
+@cache
+def vocabulary(language: str) -> tuple[str, ...]:
+    """Words of a language's training sentences, with readings where there are any; of the numbers
+    those up to ten, in English all."""
+    if language == "en":
+        skipped = ("My", "we", "He", "time")  # capital at the beginning, or several words
+        found = [word for slot, words in SLOTS.items() if slot not in skipped for word in words]
+        found += [word for line in TEMPLATES for word in line.split()[1:] if "{" not in word]
+    elif language == "yue":  # whose wordings are written without gaps
+        found = [*_YUE_WORD.values(), *(name for pair in _YUE_NOUN.values() for name in pair)]
+    else:
+        kinds = [kind for kind in KINDS if kind not in ("num", "nums", "have")]
+        wordings = [_WORDING[language](*meaning) for kind in kinds for meaning in meanings(kind)]
+        # In writing with gaps a first word is capital for its place alone.
+        first = language not in UNSPACED
+        found = [word for wording in wordings for word in wording.split()[first:]]
+    found += [number(language, n) for n in range(100 if language == "en" else 11)]
+    words = {word.strip(".,?!¿¡。？，、") for word in found}
+    return tuple(sorted(words - {"", *_ALIKE.get(language, ())}))
+
+
+def shuffled(language: str, rng: random.Random) -> Sentence:
+    """Two to six words in no order: what follows cannot be guessed, only heard."""
+    words = rng.sample(vocabulary(language), rng.randint(2, 6))
+    if language in UNSPACED:
+        return Sentence(language, *read(language, " ".join((*words, "。"))))
+    return Sentence(language, _capital(" ".join(words)) + ".")
+
+
 # English beyond that: some three hundred words in simple sentences
 
 SLOTS: dict[str, tuple[str, ...]] = {
