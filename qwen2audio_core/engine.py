@@ -30,8 +30,9 @@ import torch
 from qwen2audio_core import backends
 from qwen2audio_core.chat import Prompt, check_length
 from qwen2audio_core.errors import InputError, PromptError
+from qwen2audio_core.frontend import clip_lengths
 from qwen2audio_core.generate import Answer
-from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.model import Qwen2Audio, check_places
 from qwen2audio_core.packing import pack
 from qwen2audio_core.prefix_cache import WORTH, Beginning, PrefixCache, digest, runs
 from qwen2audio_core.sampling import Likelihood, Settings
@@ -300,19 +301,11 @@ class Engine:
         if min(ids) < 0 or max(ids) >= text.vocab_size:
             raise PromptError(f"the prompt holds an id outside the vocabulary of {text.vocab_size}")
         clips = runs(ids, self.config.audio_token_id)
-        if len(clips) != len(prompt.clips):
-            raise PromptError(
-                f"{len(prompt.clips)} clips were given, the prompt has places for {len(clips)}"
-            )
-        for i, ((_, held), needed) in enumerate(zip(clips, prompt.audio_tokens, strict=True)):
-            if held != needed:
-                raise PromptError(
-                    f"clip {i + 1} needs {needed} audio tokens, the prompt holds {held} for it"
-                )
+        needed = [clip_lengths(len(clip)).audio_tokens for clip in prompt.clips]
+        check_places([held for _, held in clips], needed)
         left = check_length(prompt, text.max_position_embeddings)
         budget = min(settings.max_new_tokens, left)
-        needed = len(ids) + budget - 1  # the last id is never read
-        if needed > self.max_tokens:
+        if len(ids) + budget - 1 > self.max_tokens:  # the last id is never read
             raise InputError(
                 f"a prompt of {len(ids)} tokens and an answer of up to {budget} exceed the engine's"
                 f" {self.max_tokens}: lower max_new_tokens, or make the engine with more max_tokens"

@@ -1,5 +1,7 @@
 """The whole model: audio tower, projector and language model, and the splice that joins them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -122,24 +124,27 @@ def splice(
     begins = is_audio.clone()
     begins[:, 1:] &= ~is_audio[:, :-1]
     run = begins.flatten().cumsum(0)[is_audio.flatten()] - 1  # which run each place is in
-    places = torch.bincount(run).tolist()
-    clips = audio_tokens.tolist()
-    if len(places) != len(clips):
-        line = f"{len(clips)} clips were given, the prompt has places for {len(places)}"
-        if len(places) < len(clips) and sum(places) == sum(clips):
+    check_places(torch.bincount(run).tolist(), audio_tokens.tolist())
+    filled = torch.arange(audio_embeds.shape[1], device=audio_tokens.device) < audio_tokens[:, None]
+    rows = audio_embeds[filled.to(audio_embeds.device)].to(text_embeds.dtype)
+    return text_embeds.masked_scatter(is_audio[..., None], rows)
+
+
+def check_places(held: Sequence[int], needed: Sequence[int]) -> None:
+    """Raise PromptError where runs of places and clips differ in number, or a pair in length."""
+    if len(held) != len(needed):
+        line = f"{len(needed)} clips were given, the prompt has places for {len(held)}"
+        if len(held) < len(needed) and sum(held) == sum(needed):
             line += (
                 ": the places of two clips touch and count as one;"
                 " put <|audio_eos|><|audio_bos|> between them"
             )
         raise PromptError(line)
-    for i, (held, needed) in enumerate(zip(places, clips, strict=True), start=1):
-        if held != needed:
+    for i, (places, tokens) in enumerate(zip(held, needed, strict=True), start=1):
+        if places != tokens:
             raise PromptError(
-                f"clip {i} needs {needed} audio tokens, the prompt holds {held} for it"
+                f"clip {i} needs {tokens} audio tokens, the prompt holds {places} for it"
             )
-    filled = torch.arange(audio_embeds.shape[1], device=audio_tokens.device) < audio_tokens[:, None]
-    rows = audio_embeds[filled.to(audio_embeds.device)].to(text_embeds.dtype)
-    return text_embeds.masked_scatter(is_audio[..., None], rows)
 
 
 def read_mask(x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

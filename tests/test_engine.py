@@ -872,6 +872,11 @@ def test_what_can_never_fit_is_refused(assistant):
         for message, ids in broken.items():
             with pytest.raises(PromptError, match=message):
                 engine.submit(chat.Prompt(ids, [], [], []), GREEDY)
+        with pytest.raises(PromptError, match="0 clips were given, the prompt has places for 1"):
+            engine.submit(chat.Prompt([audio] * 25, [], [25], []), GREEDY)  # the clip itself is not
+        second = noise(0, 1.0)[0]
+        with pytest.raises(PromptError, match="the places of two clips touch"):
+            engine.submit(chat.Prompt([audio] * 50, [second] * 2, [25] * 2, []), GREEDY)
         with pytest.raises(PromptError, match="clip 1 needs 25 audio tokens, the prompt holds 24"):
             engine.submit(chat.Prompt([audio] * 24, [noise(0, 1.0)[0]], [25], []), GREEDY)
     for options in ({"max_batch": 0}, {"max_tokens": 0}, {"backend": "cuda"}):
