@@ -185,7 +185,7 @@ def make(out: Path, stage: str, rows: int, seed: int, workers: int, hours: float
         known = out / "phones.jsonl"
         others = known.read_text("utf-8").splitlines(keepends=True) if known.exists() else []
         own = json.dumps(f"wav/{stage}/")[:-1]
-        heard += [line for line in others if own not in line]
+        heard = [line for line in others if own not in line] + heard
         known.with_suffix(".new").write_text("".join(heard), encoding="utf-8")
         known.with_suffix(".new").rename(known)
     new.rename(final)
