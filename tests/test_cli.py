@@ -307,7 +307,7 @@ def test_transcribe_leaves_nothing_on_stderr(question, tmp_path):
     process = start(*words)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and out.strip()
-    assert err.startswith("random is a small random") and "" not in err.splitlines()
+    assert err.startswith("This is the small random model") and "" not in err.splitlines()
     pty = pytest.importorskip("pty")
     master, slave = pty.openpty()
     env = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
