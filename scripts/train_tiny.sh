@@ -1,25 +1,48 @@
 #!/usr/bin/env bash
 # Makes the small model from nothing: data, three stages of training, and what each has achieved.
 #
-#     bash scripts/train_tiny.sh [DIR]        default: tiny-run
+#     bash scripts/train_tiny.sh [DIR]                  default: tiny-run
+#     TINY_PART=0.01 bash scripts/train_tiny.sh trial   all of it in little, to see that it runs
 #
-# Every part goes on where it was broken off. Needs espeak-ng, flite and festival with its voice
-# festvox-us-slt-hts. PRETRAIN_MINUTES (90),
-# SFT_MINUTES (30) and DPO_MINUTES (5) say how long the stages may take: the learning rate falls to
-# zero by then, so more minutes or a faster machine make a better model. The data comes before that.
+# Every part goes on where it was broken off: give the same command again. Needs espeak-ng, flite and
+# festival with its voice festvox-us-slt-hts.
+#
+# PRETRAIN_MINUTES (90), SFT_MINUTES (30) and DPO_MINUTES (3) say how long the stages may take: the
+# learning rate falls to zero by then, so more minutes or a faster machine make a better model. The
+# data comes before that. TINY_PART (1) makes so much of the data and, where the minutes are not
+# given, trains for so much of them, half a minute a stage at least: it learns nothing in that time.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 
+part="${TINY_PART:-1}"
+
+# times NUMBER LEAST: NUMBER * part, and no less than LEAST
+times() { awk -v n="$1" -v least="$2" -v part="$part" 'BEGIN { n *= part; print n < least ? least : n }'; }
+
+[[ "$part" =~ ^(1|1\.0*|0?\.[0-9]*[1-9][0-9]*)$ ]] ||
+    fail "TINY_PART is $part: above 0 and at most 1"
 prepare_environment test
 out="${1:-tiny-run}"
 data="$out/data"
 python="$environment/bin/python"
-train=("$environment/bin/qwen2audio" train --batch-seconds 48 --weight-decay 0.05
-    --save-every 200 --eval-every 400 --eval-rows 96)
 mkdir -p "$out"
+made_with="$(cat "$out/part" 2>/dev/null || printf '%s' "$part")"
+[ "$made_with" = "$part" ] || fail "$out was begun with TINY_PART=$made_with: take another folder"
+printf '%s' "$part" >"$out/part"
+
+train=("$environment/bin/qwen2audio" train --batch-seconds 48 --weight-decay 0.05
+    --save-every "$(times 200 5 | cut -d. -f1)" --eval-every 400 --eval-rows 96)
+
+# evaluate STAGE: unless it has been measured since it was trained
+evaluate() {
+    [ "$out/$1.json" -nt "$out/$1/model/model.safetensors" ] && return
+    say "what $1 has achieved"
+    "$python" "$root/scripts/evaluate_tiny.py" --model "$out/$1/model" --data "$data" \
+        --json "$out/$1.json"
+}
 
 say "data: $data"
-"$python" "$root/scripts/make_tiny_data.py" --out "$data"
+"$python" "$root/scripts/make_tiny_data.py" --out "$data" --part "$part"
 [ -d "$out/begin" ] || "$python" "$root/scripts/make_tiny_model.py" "$data/texts.txt" "$out/begin" \
     --encoder-layers 4 --decoder-layers 3
 
@@ -29,24 +52,24 @@ say "data: $data"
 say "pretraining"
 "${train[@]}" "$data/pretrain.jsonl" "$data/words.jsonl" --stage pretrain \
     --model "$out/begin" --out "$out/pretrain" --valid "$data/valid-pretrain.jsonl" \
-    --minutes "${PRETRAIN_MINUTES:-90}" --lr 1e-3 --batch-tokens 3000 --sounds "$data/phones.jsonl" --listen-steps 250 \
+    --minutes "${PRETRAIN_MINUTES:-$(times 90 0.5)}" --lr 1e-3 --batch-tokens 3000 \
+    --sounds "$data/phones.jsonl" --listen-steps "$(times 250 5 | cut -d. -f1)" \
     --ctc-weight 0.3 --attend-weight 0.5 --auxiliary-until 0.95
 
 say "fine-tuning"
 "${train[@]}" "$data/sft.jsonl" "$data/pretrain.jsonl@0.3" "$data/words.jsonl@0.2" \
     --stage sft --model "$out/pretrain/model" --out "$out/sft" --valid "$data/valid-sft.jsonl" \
-    --minutes "${SFT_MINUTES:-30}" --lr 7e-4 --warmup 50 --batch-tokens 3600 \
+    --minutes "${SFT_MINUTES:-$(times 30 0.5)}" --lr 7e-4 --warmup 50 --batch-tokens 3600 \
     --sounds "$data/phones.jsonl" --sounds-weight 0.5 --attend-weight 0.3 --auxiliary-until 0.95
 
 say "preference"
 [ -f "$out/pairs.jsonl" ] || "$python" "$root/scripts/make_tiny_pairs.py" \
-    --model "$out/sft/model" --data "$data" --out "$out/pairs.jsonl"
+    --model "$out/sft/model" --data "$data" --rows "$(times 2000 64 | cut -d. -f1)" \
+    --out "$out/pairs.jsonl"
 "${train[@]}" "$out/pairs.jsonl" --stage dpo --model "$out/sft/model" --out "$out/dpo" \
-    --valid "$data/valid-sft.jsonl" --minutes "${DPO_MINUTES:-5}" --lr 2e-5 --warmup 20 \
-    --batch-tokens 3600 --beta 0.1 --dpo-sft 0.2
+    --valid "$data/valid-sft.jsonl" --minutes "${DPO_MINUTES:-$(times 3 0.5)}" --lr 5e-5 \
+    --warmup 20 --batch-tokens 3600 --beta 0.1 --dpo-sft 1
 
 for stage in pretrain sft dpo; do
-    say "what $stage has achieved"
-    "$python" "$root/scripts/evaluate_tiny.py" --model "$out/$stage/model" --data "$data" \
-        --json "$out/$stage.json"
+    evaluate "$stage"
 done

@@ -430,7 +430,24 @@ def test_pairs_take_the_wrong_answer_given_most() -> None:
     said = {**tasks.pairs(0, 0), "audios": ["a.wav"], "seconds": 1.0}
     right = said["messages"][-1]["content"]
     assert make_tiny_pairs.pair(said, [right, right.upper()]) is None
-    made = make_tiny_pairs.pair(said, [right, "The book.", "The book.", "No book at all."])
+    assert make_tiny_pairs.pair(said, [right, ""]) is None
+    made = make_tiny_pairs.pair(said, [right, "The book.", "<|en|>The book.", "No book at all."])
     assert made is not None
     assert made["rejected_response"] == "The book."
     assert made["messages"] == said["messages"] and made["audios"] == ["a.wav"]
+
+
+def test_pairs_of_the_official_form_keep_the_tag() -> None:
+    said = row("language", "<|de|>Drei Hunde.", "de", audio="a.wav", prompt="Recognize: ")
+    assert make_tiny_pairs.pair(said, ["<|de|>drei hunde"]) is None
+    made = make_tiny_pairs.pair(said, ["<|fr|>Drei Hunde.<|AUDIO|>", "<|fr|>Drei Hunde."])
+    assert made == {**said, "rejected": "<|fr|>Drei Hunde."}
+    # The tag alone is what the test counts; to learn from, the words count too.
+    made = make_tiny_pairs.pair(said, ["<|de|>Drei Hunde.", "<|de|>Drei Katzen."])
+    assert made is not None and made["rejected"] == "<|de|>Drei Katzen."
+
+
+def test_pairs_are_of_every_task() -> None:
+    drawn = collections.Counter(tasks.pairs(i, 0)["task"] for i in range(2_000))
+    everything = {tasks.test(i, 0)["task"] for i in range(make_tiny_data.LEAST["test"])}
+    assert set(drawn) == everything and drawn["silence"] < 500

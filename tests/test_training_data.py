@@ -68,6 +68,15 @@ def test_the_official_form(tokenizer, clips) -> None:
     assert example.row.transcript == "hello"
 
 
+@pytest.mark.parametrize("key", ["prompt", "gt", "rejected"])
+def test_a_clip_s_place_written_by_hand_is_a_bad_row(key, tokenizer, clips) -> None:
+    raw = {"audio": "a.wav", "prompt": "Say it: <|en|>", "gt": "hello", "rejected": "<|en|>no"}
+    assert encode(row_of(raw, clips), tokenizer).rejected is not None
+    raw[key] += "<|AUDIO|>"
+    with pytest.raises(InputError, match=rf"x.jsonl:1: {key} holds <\|AUDIO\|>"):
+        encode(row_of(raw, clips), tokenizer)
+
+
 def test_ms_swift_turns_are_taught_with_their_ends_and_nothing_else(tokenizer, clips) -> None:
     raw = chat_row(["a.wav", "b.wav"], ["First answer.", "Second\nanswer."], source="analysis")
     example = encode(row_of(raw, clips), tokenizer)

@@ -14,8 +14,9 @@ import pytest
 import torch
 from training_rows import chat_row, checkpoint, official_rows, settings, tone, write_lines
 
-from qwen2audio_core import assistant
+from qwen2audio_core import assistant, saving
 from qwen2audio_core.errors import CheckpointError, InputError
+from qwen2audio_core.training import checkpoint as saved
 from qwen2audio_core.training import loop, losses, parallel
 from qwen2audio_core.training.data import Augment, collate
 from qwen2audio_core.training.lora import Settings as Adapter
@@ -335,6 +336,29 @@ def test_killed_at_any_moment_and_gone_on_is_never_stopped(options, base, data, 
     assert steps == sorted(set(steps)) and steps[-1] == 9
     kept = sorted(p.name for p in (tmp_path / "killed").glob("*checkpoint*"))
     assert kept == ["checkpoint-00000008", "checkpoint-00000009"]
+
+
+@pytest.mark.parametrize("module, name", [(saving, "write"), (saved, "save")])
+def test_killed_in_its_very_last_file_it_still_ends_with_a_result(
+    module, name, base, data, tmp_path, monkeypatch
+) -> None:
+    real, calls = getattr(module, name), []
+
+    def killed_the_second_time(*words, **more):
+        calls.append(name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*words, **more)
+
+    chosen = settings(base, [data], tmp_path / "run", steps=3, save_every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, killed_the_second_time)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(chosen)
+    result = loop.train(chosen)
+    whole = loop.train(settings(base, [data], tmp_path / "whole", steps=3, save_every=2))
+    written = [(folder / "model.safetensors").read_bytes() for folder in (result, whole)]
+    assert written[0] == written[1]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(base, data, tmp_path) -> None:

@@ -277,16 +277,21 @@ def encode(
 def _raw(row: Row, clips: list[Tensor], tokenizer: Tokenizer) -> Example:
     ids: list[int] = []
     for clip in clips:
-        places = clip_lengths(len(clip)).audio_tokens
-        ids += [tokenizer.id_of(AUDIO_BOS), *[tokenizer.id_of(AUDIO)] * places]
+        count = clip_lengths(len(clip)).audio_tokens
+        ids += [tokenizer.id_of(AUDIO_BOS), *[tokenizer.id_of(AUDIO)] * count]
         ids.append(tokenizer.id_of(AUDIO_EOS))
+    places = len(ids)
     # Prompt and answer apart, as when the answer is generated behind the prompt.
     ids += tokenizer.encode(row.prompt, special=True)
     end = [tokenizer.id_of("<|endoftext|>")]
     answer = tokenizer.encode(row.answer, special=True) + end
-    rejected = None
-    if row.rejected is not None:
-        rejected = ids + tokenizer.encode(row.rejected, special=True) + end
+    worse = tokenizer.encode(row.rejected or "", special=True) + end
+    for name, written in (("prompt", ids[places:]), ("gt", answer), ("rejected", worse)):
+        if tokenizer.id_of(AUDIO) in written:
+            raise InputError(
+                f"{name} holds {AUDIO}, whose places are made from the clips: take it out"
+            )
+    rejected = None if row.rejected is None else ids + worse
     return Example(ids + answer, [(len(ids), len(ids + answer))], clips, row, rejected)
 
 

@@ -650,12 +650,20 @@ class Run:
         return report.samples(model, self.tokenizer, examples) if examples else {}
 
     def save(self) -> None:
-        """A checkpoint to go on from, and the result so far."""
+        """The result so far, then a checkpoint to go on from.
+
+        In this order a run that is killed between the two takes its last steps again and writes its
+        result again; the other way round it would be over without one.
+        """
         settings, group = self.settings, self.group
         self.out.mkdir(parents=True, exist_ok=True)
+        self._write_result()
         checkpoint.save(
             self.out, asdict(self.progress), self.trainee, self.optimizer, settings.keep, group
         )
+
+    def _write_result(self) -> None:
+        settings, group = self.settings, self.group
         model = self.trainee.model
         assert isinstance(model, Qwen2Audio)
         if settings.adapter is not None:

@@ -802,10 +802,10 @@ def words(i: int, seed: int) -> Row:
 
 def pairs(i: int, seed: int) -> Row:
     """Row i of what the model is asked to find its own wrong answers, for preference training."""
-    rng = random.Random(f"pairs/{seed}/{i}")
-    if i % 4 == 0:  # invented words on silence are what preferences are to cure
+    if i % 8 == 0:  # invented words on silence are what preferences are to cure
+        rng = random.Random(f"pairs/{seed}/{i}")
         return _finish(silence(Maker(rng, "train")), "train", "voices")
-    return _drawn("pairs", SFT, i, seed, "train")
+    return _drawn("pairs", PRETRAIN if i % 8 < 4 else SFT, i, seed, "train")
 
 
 def valid(i: int, seed: int) -> Row:
