@@ -190,19 +190,35 @@ def sdpa(
     # PyTorch's is_causal aligns the first query with the first key, so it serves only T == S.
     plain = key_start is None and key_end is None and (not causal or T == 1 or T == S)
     visible = None if plain else visible_keys(T, S, causal, key_start, key_end, q.device)
+    y = fused_attention(q, k, v, visible, is_causal=plain and causal and T > 1)
+    if key_start is not None or key_end is not None:
+        # A fused kernel may return anything, even NaN, for a query that sees no key.
+        assert visible is not None
+        y = y.masked_fill(~visible.any(-1).transpose(1, 2)[..., None], 0.0)
+    return y
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """PyTorch's scaled_dot_product_attention on our layout of axes.
+
+    q (B, T, H, C), k and v (B, S, G, C), visible (B, 1, T, S) or None; returns (B, T, H, C).
+    A single query on a CPU runs in float32 at least: with bfloat16 keys PyTorch prepares two small
+    products for each head, three times as long as widening keys and values takes.
+    """
+    dtype = q.dtype
+    if q.shape[1] == 1 and q.device.type == "cpu":
+        q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=visible,
-        is_causal=plain and causal and T > 1,
+        is_causal=is_causal,
         enable_gqa=q.shape[2] != k.shape[2],
     )
-    if key_start is not None or key_end is not None:
-        # A fused kernel may return anything, even NaN, for a query that sees no key.
-        assert visible is not None
-        y = y.masked_fill(~visible.any(-1, keepdim=True), 0.0)
-    return y.transpose(1, 2)
+    return y.transpose(1, 2).to(dtype)
 
 
 def attention_by_products(

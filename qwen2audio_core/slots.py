@@ -476,7 +476,7 @@ class Slots:
             self.cache.write(layer, where[0], where[1], k[:, 0], v[:, 0])
             if self._kernels is None:
                 keys, values = self.cache.read(layer, rows, span)
-                return attend_one(q, keys, values, visible)
+                return ops.fused_attention(q, keys, values, visible)
             scales = {}
             if self.cache.scales is not None:
                 k_scale, v_scale = (scale[layer, rows, :span] for scale in self.cache.scales)
@@ -589,18 +589,6 @@ def encoder_layer(layer: EncoderLayer, qkv: Projection, x: Tensor, frames: list[
         limit = torch.finfo(x.dtype).max - 1000
         x = x.clamp(-limit, limit)
     return x
-
-
-def attend_one(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """Attention of one query a row, q (n, 1, H, C), k and v (n, S, G, C), visible (n, 1, 1, S)."""
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=visible,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return y.transpose(1, 2)
 
 
 def record_graph(device: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]]:

@@ -135,6 +135,20 @@ def test_attention_takes_views_and_differentiates(op):
     assert wide.grad.isfinite().all() and wide.grad[:, :, 2].abs().max() > 0
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_bfloat16_query_alone_is_rounded_only_at_the_end(rows):
+    """On a CPU a decoding step attends in float32, which is faster there and nearer the truth."""
+    shapes = ((rows, 1, 4, 64), (rows, 150, 2, 64), (rows, 150, 2, 64))
+    q, k, v = (random(*shape, dtype=torch.float32).bfloat16() for shape in shapes)
+    start = torch.arange(rows) * 7 if rows > 1 else None
+    exact = ops.attention(q.double(), k.double(), v.double(), causal=True, key_start=start)
+    y = ops.sdpa(q, k, v, causal=True, key_start=start)
+    assert y.dtype == torch.bfloat16
+    assert (y == exact.bfloat16()).float().mean() > 0.99
+    products = ops.attention_by_products(q, k, v, causal=True, key_start=start)  # rounds between
+    assert (products == exact.bfloat16()).float().mean() < 0.9
+
+
 def test_cross_entropy():
     x, weight = random(6, 4).requires_grad_(), random(10, 4).requires_grad_()
     labels = torch.tensor([1, -100, 3, 9, -100, 0])
