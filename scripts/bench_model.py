@@ -21,7 +21,10 @@ decode    seconds for one token in each row       tokens 8 to 40 after a text, g
           before it was quantised. Random weights make all words nearly equally likely, so that
           the share of equal tokens is a floor; --checkpoint names a trained model
 load      folder to a model, in a fresh process   every page of the weights touched on both sides;
-                                                  the peak is memory beyond that before the load
+                                                  peak: the most resident memory of the whole
+                                                  process, and how much more than before the load;
+                                                  anonymous: what of it belongs to no file, so that
+                                                  the system cannot drop it
 import    start of a process that can answer      peer: the model's class and the processor's; ours:
                                                   all public names and the help of the command line
 
@@ -499,19 +502,21 @@ else:
     def load(folder):
         return transformers.Qwen2AudioForConditionalGeneration.from_pretrained(folder, dtype="auto")
 
-def peak():
-    # Not ru_maxrss, which a process inherits from its parent.
+def memory():
+    # Bytes: the most that was resident, and what of the memory now is anonymous. Not ru_maxrss,
+    # which a process inherits from its parent.
     if os.path.exists("/proc/self/status"):
         status = open("/proc/self/status").read()
-        return int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        sizes = dict(re.findall(r"(\\w+):\\s+(\\d+) kB", status))
+        return [int(sizes.get(name, 0)) * 1024 for name in ("VmHWM", "RssAnon")]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
 
 load(small)  # so that what is imported on first use is there
 try:
     open("/proc/self/clear_refs", "w").write("5")  # the peak from here on
 except OSError:
     pass
-before = peak()
+before, anonymous_before = memory()
 began = time.perf_counter()
 model = load(folder)
 ready = time.perf_counter()
@@ -519,11 +524,12 @@ tensors = [tensor.detach().view(-1).view(torch.uint8) for tensor in model.state_
 for tensor in tensors:
     tensor[::4096].sum()
 touched = time.perf_counter()
-top = peak()
+top, anonymous = memory()
 check = sum(int(tensor.view(torch.int16).sum(dtype=torch.int64)) for tensor in tensors)
 size = sum(tensor.numel() for tensor in tensors)
 print(json.dumps({"ready": ready - began, "touched": touched - began, "check": check,
-                  "peak": top - before, "bytes": size}))
+                  "peak": top - before, "process_peak": top, "bytes": size,
+                  "anonymous": anonymous, "anonymous_more": anonymous - anonymous_before}))
 """
 
 
@@ -538,13 +544,16 @@ def load_stage(bench: Bench, small: Path) -> Race:
     load("ours"), load("theirs")  # the files are in the system's cache from here on
     ours, theirs = runs["ours"].pop(), runs["theirs"].pop()
     same = all(ours[key] == theirs[key] for key in ("check", "bytes"))
-    extra = {
-        "bytes": ours["bytes"],
-        "ours_peak_bytes": ours["peak"],
-        "peer_peak_bytes": theirs["peak"],
-    }
-    note = "peak {:.2f} and {:.2f} of the weights".format(
-        *(one["peak"] / one["bytes"] for one in (ours, theirs))
+    extra: dict[str, Any] = {"bytes": ours["bytes"]}
+    for name, one in (("ours", ours), ("peer", theirs)):
+        for kind in ("peak", "process_peak", "anonymous", "anonymous_more"):
+            extra[f"{name}_{kind}_bytes"] = one[kind]
+    note = "peak {:.0f} and {:.0f} MB ({:.2f} and {:.2f} of the weights more than before)".format(
+        *(one["process_peak"] / 1e6 for one in (ours, theirs)),
+        *(one["peak"] / one["bytes"] for one in (ours, theirs)),
+    )
+    note += ", anonymous {:.0f} and {:.0f} MB".format(
+        *(one["anonymous"] / 1e6 for one in (ours, theirs))
     )
     race = Race(
         lambda: load("ours"),
