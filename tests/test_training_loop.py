@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,32 @@ def test_it_learns_and_the_result_answers(base, data, tmp_path) -> None:
     clip = str(Path(data).parent / row["audio"])
     reply = model.complete(text, clip, greedy=True, repetition_penalty=1.0)
     assert reply.text in answers and reply.finish_reason == "stop"
+
+
+def test_tensorboard_has_the_curves_of_the_log(base, data, tmp_path) -> None:
+    """Also of a run that went on from step 4 after it had come to step 5."""
+    reason = "needs the package tensorboard (pip install 'qwen2audio[train]')"
+    pytest.importorskip("tensorboard", reason=reason)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    more = {"valid": data, "eval_every": 3, "eval_rows": 4, "tensorboard": True}
+    loop.train(settings(base, [data], tmp_path, steps=4, save_every=4, **more))
+    lost = a_run(base, [data], tmp_path, steps=6, **more)
+    figures = dict.fromkeys(("loss", "lr", "step_seconds", "audio_seconds", "tokens"), 99.0)
+    lost.report.step(asdict(lost.progress) | {"step": 5}, figures, 1.0)
+    loop.train(settings(base, [data], tmp_path, steps=6, **more))
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for kind, key in (("train", "loss"), ("train", "lr"), ("valid", "valid_loss")):
+        curve = {event.step: event.value for event in board.Scalars(f"{kind}/{key}")}
+        wanted = {line["step"]: line[key] for line in log if line["kind"] == kind}
+        assert curve == pytest.approx(wanted, rel=1e-6) and len(curve) >= 2, (kind, key)
+
+
+def test_tensorboard_that_is_missing_is_one_line(base, data, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match=r"pip install 'qwen2audio\[train\]'"):
+        a_run(base, [data], tmp_path, tensorboard=True)
 
 
 def test_the_rate_rises_and_falls(base, data, tmp_path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qwen2audio_core import chat
-from qwen2audio_core.errors import CheckpointError
+from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.generate import generate
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.sampling import Settings
@@ -31,9 +31,7 @@ class Report:
         self._shown = time.perf_counter()
         self._board: Any = None
         if tensorboard and not quiet:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(out / "tensorboard"))
+            self._board = _board(out)
 
     def note(self, line: str) -> None:
         if not self.quiet:
@@ -93,12 +91,16 @@ class Report:
             for key, value in figures.items():
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(f"{kind}/{key}", value, progress["step"])
+            self._board.flush()  # a run that is killed keeps what the log keeps
 
     def forget_after(self, step: int) -> None:
         """Drop lines of steps that a resumed run will take again."""
         path = self.out / LOG
         if self.quiet or not path.exists():
             return
+        if self._board is not None:
+            self._board.close()
+            self._board = _board(self.out, step + 1)
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
@@ -118,6 +120,17 @@ class Report:
             self._board.close()
         if not self.quiet:
             plot(self.out)
+
+
+def _board(out: Path, forgotten: int | None = None) -> Any:
+    """A writer of out/tensorboard; curves of earlier runs end before step `forgotten`."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            "--tensorboard needs the package tensorboard: pip install 'qwen2audio[train]'"
+        ) from error
+    return SummaryWriter(str(out / "tensorboard"), purge_step=forgotten)
 
 
 def plot(out: Path) -> Path | None:
