@@ -114,12 +114,15 @@ def test_the_guide_lowers_the_error_on_new_words(run, tmp_path, monkeypatch) -> 
 
     say("recordings", 300, ["en-us+m1", "en-us+m3", "en-us+f1", "en-us+f2", "en-gb+m2"])
     say("held", 60, ["en-us+f4", "en-gb+m5"])
-    run("rows", "held", "--out", "held", "--valid-part", "0", "--prompt", "Recognize the speech:")
+    own = "Detect the language and recognize the speech: <|en|>"
+    for name, prompt in (("own", own), ("guide", "Recognize the speech:")):
+        run("rows", "held", "--out", name, "--valid-part", "0", "--prompt", prompt)
 
-    def error(model: str, adapter: Path | None) -> float:
+    def error(prompt: str, adapter: Path | None) -> float:
+        rows = f"{prompt}/train.jsonl"
         chosen = settings(
-            model, ["held/train.jsonl"], tmp_path / "measure", valid="held/train.jsonl",
-            samples=60, eval_rows=60, bf16=True,
+            str(SMALL), [rows], tmp_path / "measure", valid=rows, samples=60, eval_rows=60,
+            bf16=True,
         )  # fmt: skip
         measured = loop.Run(chosen, loop.parallel.start("cpu"), loop.read_rows(chosen))
         if adapter is not None:
@@ -128,12 +131,13 @@ def test_the_guide_lowers_the_error_on_new_words(run, tmp_path, monkeypatch) -> 
         lines = (tmp_path / "measure" / "log.jsonl").read_text().splitlines()
         return json.loads(lines[-1])["cer"]
 
-    before = error(str(SMALL), None)
+    # The better of the two: to be asked in words it knows is not what it is to learn.
+    before = min(error("own", None), error("guide", None))
     more = ["--samples", "4", "--lr", "1e-3", "--device", "cpu"]
     more += ["--target", "language_model.model.layers.*_proj", "--target", "audio_tower.layers.*"]
-    follow(run, str(SMALL), 300, more)
-    after = error(str(SMALL), tmp_path / "run" / "adapter")
-    assert after < 0.6 * before, (before, after)
+    follow(run, str(SMALL), 150, more)
+    after = error("guide", tmp_path / "run" / "adapter")
+    assert after < 0.5 * before, (before, after)
 
 
 def test_a_folder_of_clips_becomes_rows(run, tmp_path) -> None:
