@@ -137,7 +137,7 @@ def test_the_guide_lowers_the_error_on_new_words(run, tmp_path, monkeypatch) -> 
     more += ["--target", "language_model.model.layers.*_proj", "--target", "audio_tower.layers.*"]
     follow(run, str(SMALL), 150, more)
     after = error("guide", tmp_path / "run" / "adapter")
-    assert after < 0.5 * before, (before, after)
+    assert after < 0.6 * before, (before, after)
 
 
 def test_a_folder_of_clips_becomes_rows(run, tmp_path) -> None:
