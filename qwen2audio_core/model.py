@@ -169,7 +169,7 @@ def read_mask(x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor 
 
 def refuse_right_padding(attention_mask: Tensor, what: str) -> None:
     """Raise ValueError where a row's last position is padding."""
-    if not bool(attention_mask[:, -1].all()):
+    if not bool(attention_mask[..., -1].all()):
         raise ValueError(
             f"attention_mask pads at the right; with {what} every row must end in a real token:"
             " pad at the left"

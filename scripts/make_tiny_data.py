@@ -43,13 +43,8 @@ RATE = 16_000
 FOLDER = 1_000  # rows whose clips, two at most, share a folder
 CHUNK = 400  # rows made at a time; what a broken-off run loses, for each worker
 ROWS = {"pretrain": 50_000, "words": 14_000, "sft": 30_000, "valid": 600, "test": 2_620}
-LEAST = {
-    "pretrain": 100,
-    "words": 100,
-    "sft": 100,
-    "valid": 32,
-    "test": 131,
-}  # a test of every task
+# Rows made of any part, however small; the test then has every task.
+LEAST = {"pretrain": 100, "words": 100, "sft": 100, "valid": 32, "test": 131}
 DRAW = {
     "pretrain": tasks.pretrain,
     "sft": tasks.sft,
@@ -221,13 +216,15 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--stage", choices=ROWS, help="only this one; default: all four")
+    parser.add_argument("--stage", choices=ROWS, help="only this one; default: all")
     parser.add_argument("--rows", type=int, metavar="N", help="rows of each stage made")
     parser.add_argument("--hours", type=float, metavar="H", help="stop a stage at so much sound")
     parser.add_argument("--part", type=float, default=1.0, metavar="P", help="so much of all rows")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
     args = parser.parse_args(argv)
+    if not 0 < args.part <= 1:
+        parser.error(f"--part is {args.part}: above 0 and at most 1")
     out = args.out.resolve()
     wanted = [stage for stage in ROWS if args.stage in (None, stage)]
     try:

@@ -17,7 +17,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 part="${TINY_PART:-1}"
 
 # times NUMBER LEAST: NUMBER * part, and no less than LEAST
-times() { awk -v n="$1" -v least="$2" -v part="$part" 'BEGIN { n *= part; print n < least ? least : n }'; }
+times() { awk -v n="$1" -v least="$2" -v part="$part" 'BEGIN { n *= part; print (n < least ? least : n) }'; }
 
 [[ "$part" =~ ^(1|1\.0*|0?\.[0-9]*[1-9][0-9]*)$ ]] ||
     fail "TINY_PART is $part: above 0 and at most 1"

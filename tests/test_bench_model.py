@@ -80,10 +80,7 @@ def test_a_run(bench_model: ModuleType, tmp_path: Path, capsys: pytest.CaptureFi
     assert results["load"]["ours_untouched_s"] <= results["load"]["ours_s"]
     for arm in ("ours", "peer"):  # every page was touched, and no page of another process counts
         assert 0.5 < results["load"][f"{arm}_peak_bytes"] / results["load"]["bytes"] < 8
-        process, anonymous = (
-            results["load"][f"{arm}_{kind}_bytes"] for kind in ("process_peak", "anonymous")
-        )
-        assert process > anonymous >= results["load"][f"{arm}_anonymous_more_bytes"]
+        assert results["load"][f"{arm}_process_peak_bytes"] > results["load"][f"{arm}_peak_bytes"]
     shown = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in shown[2:]] == stages.split(",")
 

@@ -91,7 +91,9 @@ def test_guided_attention_is_the_surprise_at_where_a_token_is_said() -> None:
         for head in range(3):
             scores = q[row, position - 1, head] @ k[row, :position, head].T / 8**0.5
             expected += -scores.softmax(0)[low:high].sum().log() / 3
-    torch.testing.assert_close(total, expected, check_dtype=False)
+    torch.testing.assert_close(total, expected)
+    with torch.autocast("cpu", torch.bfloat16):  # as in training: no product is rounded
+        assert torch.equal(losses.attended(q, k, heard), total)
     total.backward()
     touched = q.grad.abs().sum((2, 3)).nonzero().tolist()
     assert touched == [[0, 5], [1, 7]]  # the positions that predict the tokens, and no other

@@ -1,6 +1,6 @@
 """From the options of the command line to a running server, and to its clean end.
 
-SIGTERM or Ctrl-C, once the model is read: no new connection is taken, what is being answered is
+SIGTERM or Ctrl-C, once the engine is built: no new connection is taken, what is being answered is
 finished, then the process ends with code 0. What is not finished within `grace` seconds is
 cancelled.
 """

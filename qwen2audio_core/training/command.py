@@ -72,7 +72,7 @@ def train(
         float, typer.Option(help="Part of the run where all of these have sunk to 0.")
     ] = 1.0,
     listen_steps: Annotated[
-        int, typer.Option(help="So many steps at first with the auxiliary losses alone.")
+        int, typer.Option(help="So many steps at first with the encoder's losses alone.")
     ] = 0,
     short_first: Annotated[int, typer.Option(help="So many batches in order of length.")] = 0,
     spec_augment: Annotated[

@@ -229,7 +229,7 @@ def rows_from_folder(folder: Path, prompt: str, source: str) -> Iterator[dict[st
 
     errors  InputError where a clip has no text or an empty one, or where there is no clip at all
     """
-    suffixes = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
+    suffixes = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".webm", ".mp4")
     clips = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     if not clips:
         raise InputError(f"{folder}: no clip here, looked for {', '.join(suffixes)}")
@@ -624,18 +624,19 @@ def collate(
         for begin, end in spans:
             labels[i, begin:end] = ids[i, begin:end]
     clips: list[Tensor] = []
-    spoken, heard = [], []
-    said: list[Tensor] = []
+    spoken: list[tuple[int, str]] = []
+    known: list[tuple[int, Tensor]] = []
+    heard: list[Tensor] = []
     for i, example in enumerate(examples):
         if example.row.transcript:
             spoken.append((len(clips), example.row.transcript))
             if sounds is not None and tokenizer is not None:
-                said += _said(i, example, sounds, tokenizer)
+                heard += _said(i, example, sounds, tokenizer)
         for name, clip in zip(example.row.clips, example.clips, strict=True):
             if sounds is not None:
-                known = sounds.frames(name, clip_lengths(len(clip)).conv_frames)
-                if known is not None:
-                    heard.append((len(clips), known))
+                names = sounds.frames(name, clip_lengths(len(clip)).conv_frames)
+                if names is not None:
+                    known.append((len(clips), names))
             clips.append(clip)
     mel = conv_frames = None
     if clips:
@@ -653,10 +654,10 @@ def collate(
         conv_frames,
         sum(map(len, clips)) / SAMPLE_RATE,
         sum(len(tokens) for tokens, _ in written),
-        spoken,
-        heard,
-        torch.cat(said) if said else None,
-        len(examples) if pairs else 0,
+        spoken=spoken,
+        sounds=known,
+        heard=torch.cat(heard) if heard else None,
+        pairs=len(examples) if pairs else 0,
     )
 
 
@@ -670,7 +671,7 @@ def _said(row: int, example: Example, sounds: Sounds, tokenizer: Tokenizer) -> l
     times = sounds.when(example.row.clips[0], middles)
     if times is None:
         return []
-    first = example.ids.index(tokenizer.id_of("<|AUDIO|>"))
+    first = example.ids.index(tokenizer.id_of(AUDIO))
     place = (times * 25).long()  # an audio token is 40 ms long
     length = clip_lengths(len(example.clips[0])).audio_tokens
     low = first + (place - 6).clamp(0, length - 1)

@@ -65,7 +65,7 @@ class Settings:
     sounds_weight: float = 1.0  # of an auxiliary loss on the encoder: which sound in each frame
     attend_weight: float = 0.0  # of an auxiliary loss: attend to a token where sounds place it
     auxiliary_until: float = 1.0  # all fall linearly to 0 at this part of the run
-    listen_steps: int = 0  # so many at first with the auxiliary losses alone
+    listen_steps: int = 0  # so many at first with the encoder's auxiliary losses alone
     dpo_beta: float = 0.1
     dpo_sft: float = 0.0  # weight of the better answers' own loss beside the preference
     # How it is computed
@@ -184,7 +184,7 @@ class Trainee(nn.Module):
         if self.lockstep:  # a gradient for every head on every process, be it zero
             heads = [p for name, p in self.named_parameters() if not name.startswith("model.")]
             found["loss"] = found["loss"] + 0 * sum(head.sum() for head in heads)
-        self._states = None
+        self._states, self._queries = None, []
         return found
 
     def _embed(self, batch: Batch) -> Tensor:
@@ -687,5 +687,5 @@ class Run:
             )
         except CheckpointError as error:
             raise CheckpointError(
-                f"{error}; the newest checkpoint is whole, give the same command to go on"
+                f"{error}; checkpoints before it are whole: give the same command to go on"
             ) from error

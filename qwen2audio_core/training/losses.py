@@ -86,14 +86,19 @@ def attended(q: Tensor, k: Tensor, heard: Tensor) -> Tensor:
     returns ()
     After Tachibana et al., arXiv 1710.08969, which guides by a diagonal instead of known times.
     """
-    row, position, low, high = heard.unbind(1)
-    query = q[row, position - 1].float()  # (P, H, C)
-    scores = torch.einsum("phc,pshc->phs", query * q.shape[-1] ** -0.5, k.float()[row])
+    kind = torch.promote_types(q.dtype, torch.float32)
     keys = torch.arange(k.shape[1], device=k.device)
-    scores = scores.masked_fill((keys >= position[:, None])[:, None], float("-inf"))
-    inside = ((keys >= low[:, None]) & (keys < high[:, None]))[:, None]
-    there = scores.masked_fill(~inside, float("-inf")).logsumexp(-1)
-    return (scores.logsumexp(-1) - there).mean(1).sum()
+    total = q.new_zeros((), dtype=kind)
+    with torch.autocast(q.device.type, enabled=False):  # which would round the products
+        for row in heard[:, 0].unique():
+            _, position, low, high = heard[heard[:, 0] == row].unbind(1)
+            query = q[row, position - 1].to(kind) * q.shape[-1] ** -0.5  # (P, H, C)
+            scores = torch.einsum("phc,shc->phs", query, k[row].to(kind))
+            scores = scores.masked_fill((keys >= position[:, None])[:, None], float("-inf"))
+            inside = ((keys >= low[:, None]) & (keys < high[:, None]))[:, None]
+            there = scores.masked_fill(~inside, float("-inf")).logsumexp(-1)
+            total = total + (scores.logsumexp(-1) - there).mean(1).sum()
+    return total
 
 
 def ctc(logits: Tensor, frames: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:
