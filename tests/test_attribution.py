@@ -406,7 +406,7 @@ RECOGNISE = (
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_small_model_listens_where_the_word_is(spoken, method):
-    """In fifty sentences, one word of each: twice what pointing anywhere would hit."""
+    """In fifty sentences, one word of each: well more than pointing anywhere would hit."""
     one, made = spoken
     found = chance = 0.0
     for number, (prompt, ids, times, sound) in enumerate(made):
@@ -419,7 +419,7 @@ def test_the_small_model_listens_where_the_word_is(spoken, method):
         found += start - SLACK <= peak <= end + SLACK
         chance += min(1.0, (end - start + 2 * SLACK) / (len(sound) / toy.RATE))
     print(f"{method.__name__}: {found:.0f} of {len(made)}, by chance {chance:.1f}")
-    assert found >= 1.7 * chance, (found, chance)
+    assert found >= 2.5 * chance, (found, chance)
 
 
 @pytest.mark.slow
@@ -436,4 +436,4 @@ def test_word_times_of_the_small_model(spoken):
         ]
     errors.sort()
     print(f"median {errors[len(errors) // 2]:.3f} s, mean {sum(errors) / len(errors):.3f} s")
-    assert errors[len(errors) // 2] < 0.12
+    assert errors[len(errors) // 2] < 0.08
