@@ -57,10 +57,10 @@ say "pretraining"
     --ctc-weight 0.3 --attend-weight 0.5 --auxiliary-until 0.95
 
 say "fine-tuning"
-"${train[@]}" "$data/sft.jsonl" "$data/pretrain.jsonl@0.3" "$data/words.jsonl@0.2" \
+"${train[@]}" "$data/sft.jsonl" "$data/pretrain.jsonl@0.3" "$data/words.jsonl@0.4" \
     --stage sft --model "$out/pretrain/model" --out "$out/sft" --valid "$data/valid-sft.jsonl" \
-    --minutes "${SFT_MINUTES:-$(times 30 0.5)}" --lr 7e-4 --warmup 50 --batch-tokens 3600 \
-    --sounds "$data/phones.jsonl" --sounds-weight 0.5 --attend-weight 0.3 --auxiliary-until 0.95
+    --minutes "${SFT_MINUTES:-$(times 30 0.5)}" --lr 8e-4 --warmup 50 --batch-tokens 3600 \
+    --sounds "$data/phones.jsonl" --sounds-weight 0.4 --attend-weight 0.3 --auxiliary-until 0.95
 
 say "preference"
 [ -f "$out/pairs.jsonl" ] || "$python" "$root/scripts/make_tiny_pairs.py" \

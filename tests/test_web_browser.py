@@ -355,6 +355,32 @@ def test_a_phone_in_the_dark(visit):
     one.shot("phone-dark")
 
 
+def test_the_small_model_gives_the_right_words(chromium):
+    """A language named, the second turn about the first one's clip, then another clip."""
+    with server.serving(assistant.load("tiny")) as (address,):
+        one = Visit(chromium, address)
+        for count, (clip, question, answer) in enumerate(
+            (
+                (TRAIN, "Which language is this?", "English."),
+                (
+                    None,
+                    "What does the person say?",
+                    "The train to London leaves at seven in the morning.",
+                ),
+                (BELL, "What is that sound?", "A bell is ringing."),
+            ),
+            start=1,
+        ):
+            if clip:
+                one.upload(clip)
+                until(lambda: one.waiting.count() == 1)
+            one.text.fill(question)
+            one.text.press("Enter")
+            one.says(answer, count)
+        one.context.close()
+        assert one.elsewhere == [] and one.errors == []
+
+
 @pytest.mark.slow
 def test_every_example_answers(visit, model):
     from qwen2audio_core.web.views import EXAMPLES
