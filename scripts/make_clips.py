@@ -27,6 +27,7 @@ CLIPS = Path(__file__).resolve().parents[1] / "qwen2audio_core" / "assets" / "cl
 SPEECH = (
     ("en_capital", "en-us", "en", "What is the capital of France?", None),
     ("en_train", "en-gb", "en", "The train to London leaves at seven in the morning.", None),
+    ("en_snow", "en-us", "en", "What colour is snow?", None),
     ("zh_weather", "cmn-latn-pinyin", "zh", "今天天气怎么样？", "jin1tian1 tian1qi4 zen3me5yang4?"),  # noqa: RUF001
     ("yue_tea", "yue", "yue", "我想饮一杯茶。", None),
     ("ja_station", "ja", "ja", "駅はどこですか。", "えきはどこですか。"),

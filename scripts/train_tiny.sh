@@ -7,7 +7,7 @@
 # Every part goes on where it was broken off: give the same command again. Needs espeak-ng, flite and
 # festival with its voice festvox-us-slt-hts.
 #
-# PRETRAIN_MINUTES (90), SFT_MINUTES (30) and DPO_MINUTES (3) say how long the stages may take: the
+# PRETRAIN_MINUTES (105), SFT_MINUTES (45) and DPO_MINUTES (4) say how long the stages may take: the
 # learning rate falls to zero by then, so more minutes or a faster machine make a better model. The
 # data comes before that. TINY_PART (1) makes so much of the data and, where the minutes are not
 # given, trains for so much of them, half a minute a stage at least: it learns nothing in that time.
@@ -52,14 +52,14 @@ say "data: $data"
 say "pretraining"
 "${train[@]}" "$data/pretrain.jsonl" "$data/words.jsonl" --stage pretrain \
     --model "$out/begin" --out "$out/pretrain" --valid "$data/valid-pretrain.jsonl" \
-    --minutes "${PRETRAIN_MINUTES:-$(times 90 0.5)}" --lr 1e-3 --batch-tokens 3000 \
+    --minutes "${PRETRAIN_MINUTES:-$(times 105 0.5)}" --lr 1e-3 --batch-tokens 3000 \
     --sounds "$data/phones.jsonl" --listen-steps "$(times 250 5 | cut -d. -f1)" \
     --ctc-weight 0.3 --attend-weight 0.5 --auxiliary-until 0.95
 
 say "fine-tuning"
 "${train[@]}" "$data/sft.jsonl" "$data/pretrain.jsonl@0.3" "$data/words.jsonl@0.4" \
     --stage sft --model "$out/pretrain/model" --out "$out/sft" --valid "$data/valid-sft.jsonl" \
-    --minutes "${SFT_MINUTES:-$(times 30 0.5)}" --lr 8e-4 --warmup 50 --batch-tokens 3600 \
+    --minutes "${SFT_MINUTES:-$(times 45 0.5)}" --lr 8e-4 --warmup 50 --batch-tokens 3600 \
     --sounds "$data/phones.jsonl" --sounds-weight 0.4 --attend-weight 0.3 --auxiliary-until 0.95
 
 say "preference"
@@ -67,7 +67,7 @@ say "preference"
     --model "$out/sft/model" --data "$data" --rows "$(times 2000 64 | cut -d. -f1)" \
     --out "$out/pairs.jsonl"
 "${train[@]}" "$out/pairs.jsonl" --stage dpo --model "$out/sft/model" --out "$out/dpo" \
-    --valid "$data/valid-sft.jsonl" --minutes "${DPO_MINUTES:-$(times 3 0.5)}" --lr 5e-5 \
+    --valid "$data/valid-sft.jsonl" --minutes "${DPO_MINUTES:-$(times 4 0.5)}" --lr 5e-5 \
     --warmup 20 --batch-tokens 3600 --beta 0.1 --dpo-sft 1
 
 for stage in pretrain sft dpo; do

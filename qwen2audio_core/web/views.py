@@ -10,7 +10,7 @@ from qwen2audio_core.web.sessions import Clip, Session, Turn
 from qwen2audio_core.web.words import LANGUAGES
 
 EXAMPLES = (  # name of its title, name of its text, clips
-    ("answer it", "", ("en_capital.flac",)),
+    ("answer it", "", ("en_snow.flac",)),
     ("transcribe it", "ask transcribe", ("en_train.flac",)),
     ("translate it", "ask translate", ("zh_weather.flac",)),
     ("what sound", "ask sound", ("sound_siren.flac",)),
