@@ -91,8 +91,9 @@ def test_a_wrong_result_is_never_timed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    window, filters = frontend.constants(128, torch.device("cpu"), torch.float32)
-    monkeypatch.setattr(frontend, "constants", lambda *_: (window, filters * 1.01))
+    window, halves = frontend.constants(128, torch.device("cpu"), torch.float32)
+    wrong = [(heard, bands * 1.01) for heard, bands in halves]
+    monkeypatch.setattr(frontend, "constants", lambda *_: (window, wrong))
     results = run(bench_model, tmp_path, "log_mel_3s", code=1)
     assert results["log_mel_3s"].keys() == {"refused"}
     assert "REFUSED" in capsys.readouterr().out and "differ" in results["log_mel_3s"]["refused"]

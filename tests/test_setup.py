@@ -193,5 +193,5 @@ def test_the_demo_asks_about_clips_that_ship() -> None:
     text = (ROOT / "scripts/demo.sh").read_text()
     (folder,) = re.findall(r'clips="\$root/(\S+)"', text)
     names = re.findall(r"\$clips/(\w+)\.flac", text) + re.findall(r"\b[a-z]{2}:(\w+)", text)
-    assert len(names) == 5
+    assert len(names) == 6
     assert all((ROOT / folder / f"{name}.flac").is_file() for name in names), names
