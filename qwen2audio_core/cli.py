@@ -253,7 +253,9 @@ def transcribe(
 
     from qwen2audio_core import transcribe as transcripts
 
-    formats = format or ["txt"]
+    formats = transcripts.kinds_of(format or ["txt"])  # a typo is told of before the model is read
+    if word_timestamps and "json" not in formats:
+        note("word times are written in json alone: add -f json")
     assistant = load(model, device, dtype, no_pack, quantize)
     failed = False
     with (

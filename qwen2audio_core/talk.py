@@ -62,7 +62,11 @@ class Talk:
         with self._recordings:
             while True:
                 try:
-                    line = self.ask(f"[{len(self.clips)} clips] > " if self.clips else "> ").strip()
+                    line = self.ask(
+                        f"[{len(self.clips)} clip{'s' * (len(self.clips) > 1)}] > "
+                        if self.clips
+                        else "> "
+                    ).strip()
                 except EOFError:
                     self.show("\n")
                     return

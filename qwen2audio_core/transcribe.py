@@ -355,7 +355,7 @@ def write(
     formats  one or several of FORMATS, or "all"
     errors   InputError where the folder cannot be written to or the disk is full
     """
-    paths = [Path(folder) / f"{stem}.{kind}" for kind in _kinds(formats)]
+    paths = [Path(folder) / f"{stem}.{kind}" for kind in kinds_of(formats)]
     parts = [path.with_name(path.name + ".part") for path in paths]
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -373,7 +373,8 @@ def write(
     return paths
 
 
-def _kinds(formats: Iterable[str]) -> list[str]:
+def kinds_of(formats: Iterable[str]) -> list[str]:
+    """The formats asked for, "all" spelled out. InputError for one that is unknown."""
     kinds = [formats] if isinstance(formats, str) else list(dict.fromkeys(formats))
     unknown = [kind for kind in kinds if kind not in FORMATS and kind != "all"]
     if unknown or not kinds:
@@ -423,7 +424,7 @@ def run(
     options      as in `transcribe`
     errors       InputError: options, names that collide, a folder that cannot be written to
     """
-    kinds = _kinds(formats)
+    kinds = kinds_of(formats)
     _instruction(assistant.tokenizer, options.get("language"), options.get("prompt"))
     sources = [os.fspath(file) for file in files]
     if folder is not None:

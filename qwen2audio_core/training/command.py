@@ -226,14 +226,14 @@ def merge(
 
         qwen2audio merge run/adapter --out my-model
     """
-    from qwen2audio_core import hub, weights
+    from qwen2audio_core import assistant, weights
     from qwen2audio_core.errors import InputError
     from qwen2audio_core.training import lora
 
     base = model or lora.base_of(adapter)
     if not base:
         raise InputError(f"{adapter}: does not say what it belongs to, give --model")
-    folder = hub.find(base)
+    folder = assistant.find(base)
     whole = weights.load_model(folder)
     lora.load(whole, adapter)
     lora.write_merged(whole, out, folder, overwrite)

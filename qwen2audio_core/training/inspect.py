@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from qwen2audio_core import hub
+from qwen2audio_core import assistant
 from qwen2audio_core.config import Qwen2AudioConfig
 from qwen2audio_core.tokenizer import Tokenizer
 from qwen2audio_core.training import lora
@@ -18,7 +18,7 @@ SHOWN = 10  # bad rows and sources that are printed
 
 
 def _loader(settings: Settings) -> tuple[Loader, Qwen2AudioConfig]:
-    folder = hub.find(settings.model, weights=False)
+    folder = assistant.find(settings.model, weights=False)
     config = Qwen2AudioConfig.from_json(folder / "config.json")
     loader = Loader(
         read_rows(settings),
@@ -223,7 +223,7 @@ def _decoder_layer(config: Qwen2AudioConfig, size: int) -> int:
 
 
 def memory(settings: Settings) -> str:
-    folder = hub.find(settings.model, weights=False)
+    folder = assistant.find(settings.model, weights=False)
     config = Qwen2AudioConfig.from_json(folder / "config.json")
     found, trained, everything = count(settings, config)
     lines = [f"trained         {trained / 1e6:,.2f} M of {everything / 1e6:,.2f} M parameters"]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
-from qwen2audio_core import hub, ops, saving, weights
+from qwen2audio_core import assistant, ops, saving, weights
 from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.model import Qwen2Audio, splice
 from qwen2audio_core.tokenizer import Tokenizer
@@ -349,7 +349,7 @@ class Run:
         if self.progress.alphabet is None:
             common = rows.characters.most_common(4000)
             self.progress.alphabet = "".join(sorted(character for character, _ in common))
-        self.folder = hub.find(settings.model)
+        self.folder = assistant.find(settings.model)
         self.tokenizer = Tokenizer.from_folder(self.folder)
         model = _load(self.folder, settings, group)
         self.config = model.config
