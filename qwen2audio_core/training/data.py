@@ -694,6 +694,7 @@ class Loader:
         pairs: bool = False,
         augment: Augment | None = None,
         sounds: Sounds | None = None,
+        attend: bool = False,
     ):
         self.rows = rows
         self.tokenizer = tokenizer
@@ -703,6 +704,7 @@ class Loader:
         self.pairs = pairs
         self.augment = augment
         self.sounds = sounds
+        self.attend = attend  # place the tokens of transcripts, for the loss that needs it
 
     def __getitem__(self, item: tuple[int, list[int]]) -> Batch:
         seed, numbers = item
@@ -716,7 +718,7 @@ class Loader:
             augment=self.augment,
             generator=generator,
             sounds=self.sounds,
-            tokenizer=self.tokenizer,
+            tokenizer=self.tokenizer if self.attend else None,
         )
         batch.bad = bad
         return batch

@@ -379,7 +379,9 @@ class Run:
         bins = model.config.audio.num_mel_bins
         loader = partial(Loader, tokenizer=self.tokenizer, num_mel_bins=bins, limit=limit)
         pairs = settings.stage == "dpo"
-        self.loader = loader(rows, pairs=pairs, augment=settings.augment, sounds=sounds)
+        self.loader = loader(
+            rows, pairs=pairs, augment=settings.augment, sounds=sounds, attend=attend
+        )
         self.valid = loader(Rows([settings.valid])) if settings.valid else None
         self._plans: dict[int, list[list[int]]] = {}
         self._began = time.perf_counter() - self.progress.seconds
