@@ -61,22 +61,29 @@ def clip_lengths(samples: int) -> ClipLengths:
 
 @cache
 @torch.inference_mode(False)  # what is kept may be needed for a gradient later
-def mel_filters(num_mel_bins: int = 128) -> Tensor:
-    """Triangular filters that sum the power spectrum into mel bins.
+def mel_edges(num_mel_bins: int = 128) -> Tensor:
+    """(M + 2,) float64 Hz, equally spaced from 0 to 8,000 Hz on Slaney's mel scale.
 
-    returns  (M, 201) float32; bin m rises from edge m to 1 at edge m + 1 and falls to 0 at edge
-             m + 2, then is scaled by 2 / (its width in Hz). The M + 2 edges are equally spaced from
-             0 to 8,000 Hz on Slaney's mel scale: linear below 1,000 Hz, above it 27 steps per
-             factor 6.4.
-    Slaney, Auditory Toolbox, 1998; the same filters as librosa.filters.mel(norm="slaney").
+    The scale is linear below 1,000 Hz; above it 27 steps make a factor of 6.4 (Slaney, Auditory
+    Toolbox, 1998). Bin m has its middle at edge m + 1.
     """
     hz_per_mel, break_hz, log_step = 200 / 3, 1000.0, math.log(6.4) / 27
     break_mel = break_hz / hz_per_mel
     top_mel = break_mel + math.log(SAMPLE_RATE / 2 / break_hz) / log_step
     mels = torch.linspace(0, top_mel, num_mel_bins + 2, dtype=torch.float64)
-    edges = torch.where(
+    return torch.where(
         mels < break_mel, mels * hz_per_mel, break_hz * torch.exp(log_step * (mels - break_mel))
     )
+
+
+def mel_filters(num_mel_bins: int = 128) -> Tensor:
+    """Triangular filters that sum the power spectrum into mel bins.
+
+    returns  (M, 201) float32; bin m rises from edge m of mel_edges to 1 at edge m + 1 and falls to
+             0 at edge m + 2, then is scaled by 2 / (its width in Hz): the same filters as
+             librosa.filters.mel(norm="slaney").
+    """
+    edges = mel_edges(num_mel_bins)
     freqs = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)
     lower, center, upper = edges[:-2, None], edges[1:-1, None], edges[2:, None]
     rising = (freqs - lower) / (center - lower)

@@ -7,6 +7,8 @@
 
     pretrain.jsonl  {"audio", "prompt", "gt", "source"}: the official form, for the base model
     words.jsonl     the same form: words in no order, to be heard and not guessed
+    engines.jsonl   both forms: what two other engines say, RHVoice and SVOX Pico. Left out where
+                    their programs are not installed (Debian: non-free)
     sft.jsonl       {"messages", "audios"}: <audio> in the messages stands for each clip, in order
     valid.jsonl     both forms; voices of the training, sentences of its own drawing. Also by form,
                     as valid-pretrain.jsonl and valid-sft.jsonl
@@ -26,6 +28,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 import wave
@@ -42,9 +45,16 @@ from tiny_data import render, speech, tasks
 RATE = 16_000
 FOLDER = 1_000  # rows whose clips, two at most, share a folder
 CHUNK = 400  # rows made at a time; what a broken-off run loses, for each worker
-ROWS = {"pretrain": 50_000, "words": 14_000, "sft": 30_000, "valid": 600, "test": 2_620}
+ROWS = {
+    "pretrain": 50_000,
+    "words": 14_000,
+    "engines": 8_000,
+    "sft": 60_000,
+    "valid": 600,
+    "test": 2_620,
+}
 # Rows made of any part, however small; the test then has every task.
-LEAST = {"pretrain": 100, "words": 100, "sft": 100, "valid": 32, "test": 131}
+LEAST = {"pretrain": 100, "words": 100, "engines": 100, "sft": 100, "valid": 32, "test": 131}
 DRAW = {
     "pretrain": tasks.pretrain,
     "sft": tasks.sft,
@@ -52,8 +62,11 @@ DRAW = {
     "test": tasks.test,
     "pairs": tasks.pairs,  # made by make_tiny_pairs.py
     "words": tasks.words,
+    "engines": tasks.engines,
 }
 SEEDS = {stage: i for i, stage in enumerate(DRAW)}
+
+ENGINES = ("RHVoice-test", "pico2wave")  # programs of the stage "engines"
 
 Job = tuple[str, int, int, int, Path]  # stage, seed, first row, one past the last, folder
 
@@ -203,11 +216,16 @@ def write_texts(out: Path, rows: dict[str, int], seed: int) -> None:
     new.rename(out / "texts.txt")
 
 
-def check_engines(test: bool) -> None:
+def check_engines(wanted: list[str]) -> None:
     """Let each engine speak a word, so that one that is missing is told of before all the work."""
-    names = ["kal", *(name for _, name, _ in speech.OTHERS["test"] if test)]
+    names = {"espeak", "flite"}
+    if "engines" in wanted:
+        names |= {"rhvoice", "pico"}
+    if "test" in wanted:
+        names.add("festival")
     for voice in speech.voices("en", "train") + speech.voices("en", "test"):
-        if voice.key == ["espeak", "en-us", ""] or voice.name in names:
+        if voice.engine in names:
+            names.remove(voice.engine)
             speech.speak("ten", voice)
 
 
@@ -227,8 +245,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--part is {args.part}: above 0 and at most 1")
     out = args.out.resolve()
     wanted = [stage for stage in ROWS if args.stage in (None, stage)]
+    if args.stage is None and not all(map(shutil.which, ENGINES)):
+        print(f"engines: left out, {' and '.join(ENGINES)} are not installed")
+        wanted.remove("engines")
     try:
-        check_engines("test" in wanted and not (out / "test.jsonl").exists())
+        check_engines([stage for stage in wanted if not (out / f"{stage}.jsonl").exists()])
     except speech.SpeechError as error:
         parser.error(str(error))
     out.mkdir(parents=True, exist_ok=True)

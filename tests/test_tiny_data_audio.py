@@ -1,6 +1,7 @@
 """The small model's data, its audio side: speech, sounds and the rendering of clip descriptions."""
 
 import random
+import shutil
 import sys
 from ctypes.util import find_library
 from pathlib import Path
@@ -60,7 +61,8 @@ def test_splits_share_no_voice_and_no_variant() -> None:
             assert speech.voice(*voice.key) == voice
         assert {voice.gender for voice in speech.voices(lang, "test")} >= {"man", "woman"}
     engines = {s: {voice.engine for voice in speech.voices("en", s)} for s in ("train", "test")}
-    assert engines == {"train": {"espeak", "flite"}, "test": {"espeak", "flite", "festival"}}
+    others = {"flite", "rhvoice", "pico"}
+    assert engines == {"train": {"espeak"} | others, "test": {"espeak", "flite", "festival"}}
 
 
 @needs_engines
@@ -73,7 +75,7 @@ def test_every_voice_speaks_and_no_two_alike(lang: str) -> None:
         for voice in speech.voices(lang, split):
             if voice.name != first and voice.variant != "f3" and voice.engine == "espeak":
                 continue
-            if voice.engine == "festival":
+            if voice.engine not in ("espeak", "flite"):
                 continue  # tested below
             waveform = speech.speak(WORDS[lang], voice, rate=220)
             assert waveform.dtype == np.float32
@@ -84,6 +86,34 @@ def test_every_voice_speaks_and_no_two_alike(lang: str) -> None:
     wanted = [v for s in ("train", "test") for v in speech.voices(lang, s) if v.name == first]
     flite = 5 if lang == "en" else 0
     assert len(spoken) == len(wanted) + len(speech.LANGUAGES[lang]) - 1 + flite
+
+
+@needs_engines
+def test_drawn_voices_speak_each_in_its_own_way() -> None:
+    spoken, pitches = {}, {"man": [], "woman": []}
+    for number in range(40):
+        voice = speech.drawn("en", "en-us", number)
+        assert speech.voice(*voice.key) == voice
+        waveform = speech.speak("two red books", voice)
+        assert 0.5 < len(waveform) / RATE < 3 and rms(waveform) > 0.002, voice
+        spoken[waveform.tobytes()] = voice
+        pitches[voice.gender].append(pitch_of(waveform))
+    assert len(spoken) == 40
+    assert np.median(pitches["woman"]) > 1.4 * np.median(pitches["man"])
+    again = speech.speak("two red books", speech.drawn("en", "en-us", 0))
+    assert again.tobytes() in spoken
+    # espeak-ng's own voices are as they were
+    assert speech.speak("two red books", speech.voice(*FIRST)).tobytes() not in spoken
+
+
+@pytest.mark.parametrize("key", [("rhvoice", "clb", ""), ("pico", "it-IT", "")])
+def test_other_engines_speak_at_the_asked_rate(key: tuple[str, str, str]) -> None:
+    program = {"rhvoice": "RHVoice-test", "pico": "pico2wave"}[key[0]]
+    if shutil.which(program) is None:
+        pytest.skip(f"needs {program} (Debian's non-free part)")
+    voice = speech.voice(*key)
+    slow, fast = (speech.speak("uno & due tre <", voice, rate=rate) for rate in (120, 200))
+    assert rms(fast) > 0.003 and len(slow) > 1.4 * len(fast)
 
 
 @needs_engines
@@ -118,7 +148,9 @@ def test_a_missing_engine_is_told_before_anything_is_made(
         make_tiny_data.main(["--out", str(tmp_path / "data")])
     assert stop.value.code == 2 and not (tmp_path / "data").exists()
     assert "festival is not installed" in capsys.readouterr().err
-    make_tiny_data.check_engines(test=False)
+    make_tiny_data.check_engines(["pretrain", "words", "sft"])
+    with pytest.raises(speech.SpeechError, match="RHVoice-test is not installed"):
+        make_tiny_data.check_engines(["engines"])
 
 
 @needs_engines

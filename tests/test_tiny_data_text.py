@@ -230,6 +230,17 @@ def test_rows_are_well_formed(train: list[Row], held_out: list[Row]) -> None:
             assert ("<|" in row["gt"]) == (row["task"] == "language")
 
 
+def test_half_of_the_training_has_drawn_voices_and_no_test_row(train: list[Row]) -> None:
+    voices = [clip["voice"][2] for clip in speeches(train)]
+    drawn = [name for name in voices if name.startswith("drawn ")]
+    assert 0.4 < len(drawn) / len(voices) < 0.65
+    assert len(set(drawn)) > 2_000
+    genders = {"drawn 0": "man", "drawn 1": "woman"}
+    assert all(speech.drawn("en", "en-us", int(n[6:])).gender == g for n, g in genders.items())
+    rows = [tasks.engines(i, 0) for i in range(300)]
+    assert {clip["voice"][0] for clip in speeches(rows)} == {"rhvoice", "pico"}
+
+
 def test_shares_of_tasks(train: list[Row], held_out: list[Row]) -> None:
     pretrain, sft = train[:8_000], train[8_000:]
     counts = collections.Counter(row["task"] for row in pretrain)
@@ -250,8 +261,11 @@ def test_shares_of_tasks(train: list[Row], held_out: list[Row]) -> None:
         assert len(rows) >= 60, language
 
 
+DRAWS = (tasks.pretrain, tasks.sft, tasks.test, tasks.valid, tasks.pairs, tasks.engines)
+
+
 def test_one_seed_decides_everything() -> None:
-    for draw in (tasks.pretrain, tasks.sft, tasks.test, tasks.valid, tasks.pairs):
+    for draw in DRAWS:
         first = [draw(i, 3) for i in range(30)]
         assert [draw(i, 3) for i in reversed(range(30))] == first[::-1]
         assert [draw(i, 4) for i in range(30)] != first
@@ -269,15 +283,12 @@ def test_answers_about_several_clips(train: list[Row]) -> None:
         last = row["messages"][-1]["content"]
         assert last == tasks.ONES[second > first]
         assert abs(first - second) >= 12
-    genders = {
-        tuple(v.key): v.gender for code in texts.LANGUAGES for v in speech.voices(code, "train")
-    }
     for row in rows:
         if row["subtask"] == "which_gender":
             question, answer = (message["content"] for message in row["messages"][-2:])
             wanted = "woman" if "woman" in question else "man"
             asked = row["clips"][tasks.ONES.index(answer)]
-            assert genders[tuple(asked["voice"])] == wanted
+            assert speech.voice(*asked["voice"]).gender == wanted
         if row["subtask"] == "says":
             question, answer = (message["content"] for message in row["messages"][-2:])
             which = 1 if "second" in question else 0

@@ -9,7 +9,7 @@ from training_rows import chat_row, official_rows, tone, write_lines
 
 from qwen2audio_core import tiny
 from qwen2audio_core.errors import InputError
-from qwen2audio_core.frontend import clip_lengths
+from qwen2audio_core.frontend import clip_lengths, log_mel, mel_edges
 from qwen2audio_core.tokenizer import Tokenizer
 from qwen2audio_core.training.data import (
     Augment,
@@ -352,6 +352,22 @@ def test_noise_lies_between_5_and_30_decibels_below() -> None:
     assert 5 - 0.01 <= min(levels) < 12 and 22 < max(levels) <= 30 + 0.01
     off = Augment().waveform(clip, torch.Generator().manual_seed(0))
     assert off is clip
+
+
+def test_a_voice_is_moved_in_frequency_and_in_tone() -> None:
+    clip = torch.sin(torch.arange(16_000) * (2 * torch.pi * 2_000 / 16_000))
+    mel = log_mel(clip)
+    middles = mel_edges()[1:-1]
+    found, tones = [], []
+    for seed in range(30):
+        changed = Augment(voice=0.1).mel(mel.clone(), torch.Generator().manual_seed(seed))
+        assert changed.shape == mel.shape and changed.isfinite().all()
+        found.append(float(middles[changed.mean(1).argmax()]))
+        tones.append(float(changed.max() - mel.max()))
+    # A bin is some 50 Hz wide there.
+    assert 1_770 < min(found) < 1_900 and 2_100 < max(found) < 2_300
+    assert min(tones) < -0.02 and 0.02 < max(tones) < 0.4
+    assert torch.equal(Augment().mel(mel, torch.Generator()), mel)
 
 
 def test_masking_puts_bands_to_the_mean_and_leaves_the_rest() -> None:

@@ -80,6 +80,9 @@ def train(
     ] = False,
     noise: Annotated[float, typer.Option(help="Part of the clips to add noise to.")] = 0.0,
     speed: Annotated[float, typer.Option(help="Play clips faster or slower, 0.1: to 10 %.")] = 0.0,
+    voice: Annotated[
+        float, typer.Option(help="Move a clip's frequencies and tone, 0.1: by up to 10 %, 4 dB.")
+    ] = 0.0,
     workers: Annotated[int, typer.Option(help="Processes that prepare batches.")] = 0,
     float32: Annotated[bool, typer.Option("--float32", help="No bfloat16 arithmetic.")] = False,
     recompute: Annotated[
@@ -139,7 +142,7 @@ def train(
         batch_tokens=batch_tokens,
         accumulate=accumulate,
         short_first=short_first,
-        augment=rows.Augment(speed, noise, spec_augment),
+        augment=rows.Augment(speed, noise, spec_augment, voice),
         workers=workers,
         seed=seed,
         adapter=adapter if lora else None,

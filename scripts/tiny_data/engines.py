@@ -1,8 +1,10 @@
-"""A small process that speaks: espeak-ng, flite and festival, one request a line.
+"""A small process that speaks: espeak-ng and other engines, one request a line.
 
     python engines.py < requests > answers       started and fed by speech.py, not by hand
 
-request  one line of JSON: {"engine", "name", "variant", "text", "rate", "pitch", "events": bool}
+request  one line of JSON: {"engine", "name", "variant", "settings", "text", "rate", "pitch",
+         "events": bool}; settings, where it is not "", is the text of espeak-ng's voice file for
+         a variant that espeak-ng does not have
 answer   one line of JSON: {"rate": samples/s, "bytes": n, "events": [[what, where, sample], ...]}
          and then n bytes of int16 samples; or {"error": "why"}
 events   of espeak-ng, in order: at this sample a "word" begins, which starts at character `where`
@@ -13,8 +15,8 @@ trembling voice, the seed of its breath), so that a sentence would sound differe
 one. Therefore each request is spoken in a fork of a process that has never spoken: equal requests,
 equal samples. Choosing a voice happens after the fork too: espeak-ng 1.51 now and then speaks
 garbage or crashes once it has changed voices often. Only the standard library is imported, which
-keeps the fork at about a millisecond. festival, which only the test needs, is a program, run anew
-for each sentence.
+keeps the fork at about a millisecond. RHVoice, SVOX Pico and festival are programs, run anew for
+each sentence.
 """
 
 import ctypes
@@ -29,6 +31,8 @@ import tempfile
 import wave
 
 ESPEAK_RATE = 22_050
+SYNCHRONOUS = 2  # a mode of espeak-ng: samples come back before the call ends
+SECONDS = 30  # what takes longer hangs
 FLITE_PITCH = {"kal": 95.0, "kal16": 95.0, "awb": 127.0, "rms": 105.0, "slt": 167.0}  # Hz
 FLITE_STRETCH = {"kal": 1.1, "kal16": 1.1, "rms": 0.83}  # for espeak-ng's time at the same rate
 
@@ -80,14 +84,42 @@ def load(library: str, package: str) -> ctypes.CDLL:
         ) from None
 
 
+def own_data(library: ctypes.CDLL, folder: str) -> str:
+    """Fill `folder` with links to espeak-ng's data; returns where variants can be added."""
+    reading, writing = os.pipe()
+    child = os.fork()  # espeak-ng knows where its data is once it has started, and it starts once
+    if child == 0:
+        path = ctypes.c_char_p()
+        if library.espeak_Initialize(SYNCHRONOUS, 0, None, 0) == ESPEAK_RATE:
+            library.espeak_Info(ctypes.byref(path))
+            os.write(writing, path.value or b"")
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writing)
+    with open(reading) as told:
+        source = told.read()
+    if not source:
+        raise RuntimeError("espeak-ng does not start: is its data (espeak-ng-data) installed?")
+    target = os.path.join(folder, "espeak-ng-data")
+    for inner in ("", "voices", os.path.join("voices", "!v")):
+        os.mkdir(os.path.join(target, inner))
+        for name in os.listdir(os.path.join(source, inner)):
+            if (inner, name) not in (("", "voices"), ("voices", "!v")):
+                os.symlink(os.path.join(source, inner, name), os.path.join(target, inner, name))
+    return os.path.join(target, "voices", "!v")
+
+
 class Espeak:
     """libespeak-ng in its synchronous mode: samples come back through a callback."""
 
     def __init__(self) -> None:
         self.library = load("libespeak-ng.so.1", "espeak-ng")
-        synchronous, phoneme_events = 2, 1
-        if self.library.espeak_Initialize(synchronous, 0, None, phoneme_events) != ESPEAK_RATE:
-            raise RuntimeError("espeak-ng does not start: is its data (espeak-ng-data) installed?")
+        self.folder = tempfile.TemporaryDirectory(prefix="espeak-voices-")
+        self.variants = own_data(self.library, self.folder.name)
+        phoneme_events = 1
+        data = self.folder.name.encode()
+        if self.library.espeak_Initialize(SYNCHRONOUS, 0, data, phoneme_events) != ESPEAK_RATE:
+            raise RuntimeError(f"espeak-ng does not start from {self.folder.name}")
         self.samples: list[bytes] = []
         self.events: list[tuple[str, int | str, int]] = []
         self.wants_events = False
@@ -113,6 +145,10 @@ class Espeak:
 
     def speak(self, request: dict) -> Spoken:
         voice = request["name"] + (f"+{request['variant']}" if request["variant"] else "")
+        if request["settings"]:
+            path = os.path.join(self.variants, request["variant"])
+            with open(path, "w", encoding="ascii") as file:
+                file.write(request["settings"])
         if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise RuntimeError(f"espeak-ng has no voice {voice!r}")
         rate, volume, pitch, utf8 = 1, 2, 3, 1
@@ -160,40 +196,79 @@ class Flite:
         return spoken.sample_rate, samples, []
 
 
-class Festival:
-    """The program festival. Its statistical voice takes a speed but keeps its own pitch."""
+class Program:
+    """An engine that is a program, which writes a wav file."""
 
-    SPEED = 154  # words a minute of the voice left alone: it then takes espeak-ng's time at 154
+    program = ""
+    packages = ""
 
     def __init__(self) -> None:
-        if shutil.which("festival") is None:
+        if shutil.which(self.program) is None:
             raise RuntimeError(
-                "festival is not installed "
-                "(Debian and Ubuntu: apt install festival festvox-us-slt-hts)"
+                f"{self.program} is not installed (Debian and Ubuntu: apt install {self.packages})"
             )
+
+    def command(self, request: dict, text: str, path: str) -> tuple[list[str], str]:
+        """The command line that has `text` spoken into the file `path`, and what it reads."""
+        raise NotImplementedError
 
     def speak(self, request: dict) -> Spoken:
         text = request["text"].replace("\\", " ").replace('"', " ")
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "spoken.wav")
-            commands = (
-                f"(voice_{request['name']})"
-                f'(set! speed (list (list "-r" {request["rate"] / self.SPEED})))'
-                "(set! hts_engine_params (append hts_engine_params speed))"
-                f'(set! utterance (utt.synth (Utterance Text "{text}")))'
-                f'(utt.save.wave utterance "{path}" \'riff)'
-            )
-            done = subprocess.run(
-                ["festival", "--pipe"], input=commands.encode(), capture_output=True
-            )
+            command, given = self.command(request, text, path)
+            done = subprocess.run(command, input=given.encode(), capture_output=True)
             if not os.path.exists(path):
-                why = " ".join(done.stderr.decode(errors="replace").split())
+                why = " ".join((done.stderr or done.stdout).decode(errors="replace").split())
                 raise RuntimeError(
-                    f"festival does not speak with {request['name']}: {why} "
-                    "(Debian and Ubuntu: apt install festvox-us-slt-hts)"
+                    f"{self.program} does not speak with {request['name']}: {why} "
+                    f"(Debian and Ubuntu: apt install {self.packages})"
                 )
             with wave.open(path) as spoken:
                 return spoken.getframerate(), spoken.readframes(spoken.getnframes()), []
+
+
+class Festival(Program):
+    """The program festival. Its statistical voice takes a speed but keeps its own pitch."""
+
+    program = "festival"
+    packages = "festival festvox-us-slt-hts"
+    SPEED = 154  # words a minute of the voice left alone: it then takes espeak-ng's time at 154
+
+    def command(self, request: dict, text: str, path: str) -> tuple[list[str], str]:
+        return ["festival", "--pipe"], (
+            f"(voice_{request['name']})"
+            f'(set! speed (list (list "-r" {request["rate"] / self.SPEED})))'
+            "(set! hts_engine_params (append hts_engine_params speed))"
+            f'(set! utterance (utt.synth (Utterance Text "{text}")))'
+            f'(utt.save.wave utterance "{path}" \'riff)'
+        )
+
+
+class RHVoice(Program):
+    """The program RHVoice-test: statistical voices of English."""
+
+    program = "RHVoice-test"
+    packages = "rhvoice rhvoice-english, of Debian's non-free part"
+
+    def command(self, request: dict, text: str, path: str) -> tuple[list[str], str]:
+        rate = f"{max(50, 100 * request['rate'] / 160):.0f}"  # per cent; 100 is 160 words a minute
+        pitch = f"{100 * 2 ** ((request['pitch'] - 50) / 100):.0f}"
+        return [self.program, "-p", request["name"], "-r", rate, "-t", pitch, "-o", path], text
+
+
+class Pico(Program):
+    """The program pico2wave of SVOX Pico: one woman's voice for each of six accents."""
+
+    program = "pico2wave"
+    packages = "libttspico-utils, of Debian's non-free part"
+
+    def command(self, request: dict, text: str, path: str) -> tuple[list[str], str]:
+        rate = f"{100 * request['rate'] / 165:.0f}"
+        pitch = f"{100 * 2 ** ((request['pitch'] - 50) / 100):.0f}"
+        text = text.replace("&", " ").replace("<", " ")
+        marked = f'<speed level="{rate}"><pitch level="{pitch}">{text}</pitch></speed>'
+        return [self.program, "-l", request["name"], "-w", path, marked], ""
 
 
 def write(data: bytes) -> None:
@@ -207,8 +282,10 @@ def error(text: str) -> bytes:
 
 def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asks; then stdin ends
-    kinds = {"espeak": Espeak, "flite": Flite, "festival": Festival}
-    engines: dict[str, Espeak | Flite | Festival] = {}
+    kinds = {
+        "espeak": Espeak, "flite": Flite, "festival": Festival, "rhvoice": RHVoice, "pico": Pico,
+    }  # fmt: skip
+    engines: dict[str, Espeak | Flite | Program] = {}
     for line in sys.stdin.buffer:
         request = json.loads(line)
         name = request["engine"]
@@ -221,6 +298,7 @@ def serve() -> None:
             continue
         child = os.fork()
         if child == 0:
+            signal.alarm(SECONDS)
             try:
                 rate, samples, events = engines[name].speak(request)
                 about = {"rate": rate, "bytes": len(samples), "events": events}

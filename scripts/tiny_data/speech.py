@@ -1,10 +1,11 @@
-"""Text to speech for the small model's data: espeak-ng in eight languages, flite, festival.
+"""Text to speech for the small model's data: espeak-ng in eight languages, and other engines.
 
 Every voice belongs to one split for good: "train", or "test", which training never hears. Of
 espeak-ng's variants (one voice file each, usable with every language) sixteen are held out, none
-of which has a twin in training. Of flite's English voices slt is held out; its method (clustergen)
-is known from awb and rms. festival's one voice is the same woman by another method (HTS), which no
-voice of training has.
+of which has a twin in training. Training also has DRAWN voices that espeak-ng does not come with:
+its own settings of pitch, formants, breath and so on, drawn at random. Of flite's English voices
+slt is held out; its method (clustergen) is known from awb and rms. festival is held out as a whole;
+its voice is the same woman by another method (HTS), which of training's voices RHVoice's have.
 
     voice = speech.voices("en", "train")[0]
     waveform = speech.speak("seven red books", voice, rate=160, pitch=50)      # (N,) at 16 kHz
@@ -13,6 +14,7 @@ voice of training has.
 import atexit
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -75,16 +77,32 @@ VARIANTS = {
     "test": {"man": TEST_MEN, "woman": TEST_WOMEN, None: TEST_OTHERS},
 }
 WHISPERS = ("whisper", "whisperf")
-# English voices of the other engines: (engine, name, gender).
+# Voices of the other engines by language: (engine, name, gender).
 OTHERS = {
-    "train": (
-        ("flite", "kal", "man"),
-        ("flite", "kal16", "man"),
-        ("flite", "awb", "man"),
-        ("flite", "rms", "man"),
-    ),
-    "test": (("flite", "slt", "woman"), ("festival", "cmu_us_slt_arctic_hts", "woman")),
+    "train": {
+        "en": (
+            ("flite", "kal", "man"),
+            ("flite", "kal16", "man"),
+            ("flite", "awb", "man"),
+            ("flite", "rms", "man"),
+            ("rhvoice", "alan", "man"),
+            ("rhvoice", "bdl", "man"),
+            ("rhvoice", "clb", "woman"),
+            ("pico", "en-US", "woman"),
+            ("pico", "en-GB", "woman"),
+        ),
+        "de": (("pico", "de-DE", "woman"),),
+        "es": (("pico", "es-ES", "woman"),),
+        "fr": (("pico", "fr-FR", "woman"),),
+        "it": (("pico", "it-IT", "woman"),),
+    },
+    "test": {
+        "en": (("flite", "slt", "woman"), ("festival", "cmu_us_slt_arctic_hts", "woman")),
+    },
 }
+
+# Voices of training's own drawing: "drawn 0" and so on. Even ones are men's, odd ones women's.
+DRAWN = 4_000
 
 
 class SpeechError(RuntimeError):
@@ -93,7 +111,7 @@ class SpeechError(RuntimeError):
 
 @dataclass(frozen=True)
 class Voice:
-    engine: str  # "espeak", "flite" or "festival"
+    engine: str  # "espeak", "flite", "rhvoice", "pico" or "festival"
     name: str  # the engine's voice: "en-us", "slt"
     variant: str  # espeak-ng's variant: "f3", or "" for the language's own voice
     language: str  # the model's language tag
@@ -128,16 +146,81 @@ def voices(language: str, split: str) -> list[Voice]:
         for gender, variants in VARIANTS[split].items()
         for variant in variants
     ]
-    if language == "en":
-        found += [
-            Voice(engine, name, "", "en", gender, split) for engine, name, gender in OTHERS[split]
-        ]
+    found += [
+        Voice(engine, name, "", language, gender, split)
+        for engine, name, gender in OTHERS[split].get(language, ())
+    ]
     return found
+
+
+def drawn(language: str, name: str, number: int) -> Voice:
+    """Voice `number` of DRAWN in an accent `name` of the language."""
+    gender = ("man", "woman")[number % 2]
+    return Voice("espeak", name, f"drawn {number}", language, gender, "train")
+
+
+@lru_cache
+def settings(number: int) -> str:
+    """espeak-ng's voice file of a drawn voice (its format: docs/voices.md of espeak-ng).
+
+    Pitch (Hz), and for each of the nine peaks of its spectrum frequency, height and width in per
+    cent of its own. A woman's voice is higher and its peaks too; else both sexes vary alike, most
+    voices a little and some far more, as espeak-ng's own variants do.
+    """
+    rng = random.Random(f"voice/{number}")
+    woman = number % 2 == 1
+    base = rng.uniform(135, 215) if woman else rng.uniform(58, 115)
+    top = base + (rng.uniform(25, 95) if woman else rng.uniform(15, 60))
+    scale = rng.gauss(1.13 if woman else 0.95, 0.06)
+    wild = rng.choice((0.05, 0.09, 0.2))
+    lines = ["language variant", "name drawn", f"gender {'female' if woman else 'male'}"]
+    lines.append(f"pitch {base:.0f} {top:.0f}")
+    thin = rng.random() < 0.3  # hardly anything of the upper peaks
+    for peak in range(9):
+        frequency = 100 * min(max(scale * rng.gauss(1.0, wild), 0.4), 1.6)
+        height = 100 * min(max(rng.lognormvariate(-0.1, 0.15 + 1.5 * wild), 0.2), 2.0)
+        width = 100 * min(max(rng.lognormvariate(0.1, 0.15 + 1.2 * wild), 0.4), 2.0)
+        if peak == 0:
+            frequency = 100 * rng.gauss(1.0, wild)
+        if peak >= 4 and (thin or rng.random() < 0.1):
+            frequency, height = (100 * rng.uniform(0.1, 1.1), 100 * rng.uniform(0, 0.4))
+        lines.append(f"formant {peak} {frequency:.0f} {height:.0f} {width:.0f}")
+    if rng.random() < 0.6:
+        lines.append(f"voicing {100 * 2 ** rng.uniform(-1.7, 1.0):.0f}")
+    if rng.random() < 0.6:
+        lines.append(f"consonants {rng.randint(40, 150)} {rng.randint(40, 150)}")
+    if rng.random() < 0.5:
+        at = sorted(rng.sample(range(1, 50), rng.choice((3, 4))))
+        heights = [round(10 ** rng.uniform(1.2, 2.4)) for _ in at]
+        tone = " ".join(
+            f"{100 * hertz} {height}" for hertz, height in zip(at, heights, strict=True)
+        )
+        lines.append(f"tone {tone}")
+    if rng.random() < 0.6:
+        lines.append(f"flutter {rng.choice((0, 1, 3, 6, 12, 20))}")
+    if rng.random() < 0.5:
+        lines.append(f"roughness {rng.randint(0, 5)}")
+    if rng.random() < 0.25:
+        lines.append(f"echo {rng.randint(10, 200)} {rng.randint(5, 60)}")
+    if rng.random() < 0.3:
+        lines.append("breath " + " ".join(str(rng.randint(0, 6)) for _ in range(8)))
+    if rng.random() < 0.3:
+        lines.append("stressAmp " + " ".join(str(rng.randint(12, 36)) for _ in range(8)))
+    if rng.random() < 0.2:
+        lines.append("stressAdd " + " ".join(str(rng.randint(-20, 200)) for _ in range(8)))
+    if rng.random() < 0.3:
+        lines.append(f"intonation {rng.randint(1, 4)}")
+    if rng.random() < 0.15:
+        lines.append(f"klatt {rng.randint(1, 6)}")
+    return "\n".join(lines) + "\n"
 
 
 @lru_cache
 def voice(engine: str, name: str, variant: str) -> Voice:
     """The voice that a clip description names by [engine, name, variant]."""
+    if variant.startswith("drawn "):
+        language = next(tag for tag, names in LANGUAGES.items() if name in names)
+        return drawn(language, name, int(variant.removeprefix("drawn ")))
     for language in LANGUAGES:
         for split in VARIANTS:
             for known in voices(language, split):
@@ -198,6 +281,7 @@ def synthesise(
             "engine": voice.engine,
             "name": voice.name,
             "variant": voice.variant,
+            "settings": settings(int(voice.variant[6:])) if voice.variant[:6] == "drawn " else "",
             "text": text,
             "rate": rate,
             "pitch": pitch,

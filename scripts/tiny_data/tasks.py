@@ -127,7 +127,7 @@ class Maker:
     """Draws the clips of one row.
 
     split   "train", "valid" or "test"; "valid" has training's voices and its own draws
-    engine  speak with the held-out voice of this engine, "festival" or "flite"; English only
+    engine  speak with the voices of this engine: of the held-out ones "festival" or "flite"
     """
 
     def __init__(self, rng: random.Random, split: str, engine: str | None = None):
@@ -155,10 +155,15 @@ class Maker:
         split = "test" if self.test else "train"
         engine = "espeak"
         if self.engine:
-            return rng.choice(_voices(language, split, self.engine, "woman", None))
+            known = speech.voices(language, split)
+            return rng.choice([voice for voice in known if voice.engine == self.engine])
         drawn = gender or rng.choices(("man", "woman", None), (45, 40, 15))[0]
         if language == "en" and drawn == "man" and not (self.test or manner or espeak):
             engine = "flite" if rng.random() < 0.4 else engine
+        if engine == "espeak" and not self.test and manner is None and rng.random() < 0.65:
+            number = rng.randrange(speech.DRAWN // 2) * 2
+            number += (drawn == "woman") if drawn else rng.randrange(2)
+            return speech.drawn(language, rng.choice(speech.LANGUAGES[language]), number)
         return rng.choice(_voices(language, split, engine, drawn, manner))
 
     def say(
@@ -741,11 +746,11 @@ PRETRAIN: dict[Task, float] = {
     manner: 6,
 }
 SFT: dict[Task, float] = {
-    voice_chat: 36,
-    analysis: 28,
-    several: 22,
-    silence: 8,
-    sound_chat: 6,
+    voice_chat: 60,
+    analysis: 17,
+    several: 14,
+    silence: 5,
+    sound_chat: 4,
 }
 # Task, rows of it in one round of the test, and in whose held-out voice if it is not espeak's:
 # training never hears festival, and of flite it hears other voices.
@@ -798,6 +803,21 @@ def words(i: int, seed: int) -> Row:
     prompt = f"{RECOGNIZE}<|{code}|>"
     row = _raw("asr", code, maker.say(sentence), prompt, sentence.text, f"asr_{code}", "words")
     return _finish(row, "train", "voices")
+
+
+def engines(i: int, seed: int) -> Row:
+    """Row i of what other engines than espeak-ng and flite say: RHVoice and SVOX Pico."""
+    rng = random.Random(f"engines/{seed}/{i}")
+    code = rng.choices(("en", "de", "es", "fr", "it"), (66, 8, 8, 10, 8))[0]
+    maker = Maker(rng, "train", "rhvoice" if code == "en" and rng.random() < 0.6 else "pico")
+    if code == "en" and rng.random() < 0.25:
+        return _finish(voice_chat(maker), "train", "engine")
+    if rng.random() < 0.3:
+        sentence = texts.shuffled(code, rng)
+        prompt = f"{RECOGNIZE}<|{code}|>"
+        row = _raw("asr", code, maker.say(sentence), prompt, sentence.text, f"asr_{code}", "words")
+        return _finish(row, "train", "engine")
+    return _finish(asr(maker, code), "train", "engine")
 
 
 def pairs(i: int, seed: int) -> Row:
