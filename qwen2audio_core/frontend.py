@@ -76,6 +76,8 @@ def mel_edges(num_mel_bins: int = 128) -> Tensor:
     )
 
 
+@cache
+@torch.inference_mode(False)
 def mel_filters(num_mel_bins: int = 128) -> Tensor:
     """Triangular filters that sum the power spectrum into mel bins.
 
