@@ -5,7 +5,8 @@
 #     TINY_PART=0.01 bash scripts/train_tiny.sh trial   all of it in little, to see that it runs
 #
 # Every part goes on where it was broken off: give the same command again. Needs espeak-ng, flite and
-# festival with its voice festvox-us-slt-hts.
+# festival with its voice festvox-us-slt-hts; RHVoice and SVOX Pico (Debian's rhvoice, rhvoice-english
+# and libttspico-utils, non-free) are used where they are installed.
 #
 # PRETRAIN_MINUTES (105), SFT_MINUTES (45) and DPO_MINUTES (4) say how long the stages may take: the
 # learning rate falls to zero by then, so more minutes or a faster machine make a better model. The
@@ -49,18 +50,25 @@ say "data: $data"
 # An encoder that hears nothing yet gives the decoder nothing to learn from: it is first told which
 # sound of speech is in each frame, alone, then beside the texts; and half of the heads of the upper
 # decoder layers where in the clip the next token of a transcript is said.
+# --voice moves what is heard as other throats and microphones would: voices never heard gain by it.
+engines=() some_engines=()
+if [ -f "$data/engines.jsonl" ]; then
+    engines=("$data/engines.jsonl") some_engines=("$data/engines.jsonl@0.5")
+fi
 say "pretraining"
-"${train[@]}" "$data/pretrain.jsonl" "$data/words.jsonl" --stage pretrain \
+"${train[@]}" "$data/pretrain.jsonl" "$data/words.jsonl" "${engines[@]}" --stage pretrain \
     --model "$out/begin" --out "$out/pretrain" --valid "$data/valid-pretrain.jsonl" \
     --minutes "${PRETRAIN_MINUTES:-$(times 105 0.5)}" --lr 1e-3 --batch-tokens 3000 \
     --sounds "$data/phones.jsonl" --listen-steps "$(times 250 5 | cut -d. -f1)" \
-    --ctc-weight 0.3 --attend-weight 0.5 --auxiliary-until 0.95
+    --ctc-weight 0.3 --attend-weight 0.5 --auxiliary-until 0.95 --voice 0.08
 
 say "fine-tuning"
 "${train[@]}" "$data/sft.jsonl" "$data/pretrain.jsonl@0.3" "$data/words.jsonl@0.4" \
-    --stage sft --model "$out/pretrain/model" --out "$out/sft" --valid "$data/valid-sft.jsonl" \
+    "${some_engines[@]}" --stage sft \
+    --model "$out/pretrain/model" --out "$out/sft" --valid "$data/valid-sft.jsonl" \
     --minutes "${SFT_MINUTES:-$(times 45 0.5)}" --lr 8e-4 --warmup 50 --batch-tokens 3600 \
-    --sounds "$data/phones.jsonl" --sounds-weight 0.4 --attend-weight 0.3 --auxiliary-until 0.95
+    --sounds "$data/phones.jsonl" --sounds-weight 0.4 --attend-weight 0.3 --auxiliary-until 0.95 \
+    --voice 0.08
 
 say "preference"
 [ -f "$out/pairs.jsonl" ] || "$python" "$root/scripts/make_tiny_pairs.py" \
