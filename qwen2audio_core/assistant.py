@@ -27,7 +27,7 @@ from qwen2audio_core.tokenizer import TextStream, Tokenizer
 Message = dict[str, Any]
 
 
-@dataclass
+@dataclass(repr=False)
 class Reply:
     """One answer, and what it took."""
 
@@ -40,6 +40,10 @@ class Reply:
 
     def __str__(self) -> str:
         return self.text
+
+    def __repr__(self) -> str:  # short: the ids and the prompt's log-mels fill screens
+        reason = self.finish_reason or "not finished"
+        return f"<Reply {self.text!r}, {len(self.ids)} tokens, {reason}>"
 
 
 class Stream:

@@ -265,8 +265,8 @@ def split(
     if total <= MAX_SAMPLES:
         if not clip_lengths(total).audio_tokens:
             raise AudioError(
-                f"{name}: {total} samples are too short for the model to hear,"
-                " expected at least 321 (20 ms at 16 kHz)"
+                f"{name}: too short to be heard, {1000 * seconds:.3g} ms: the model needs more than"
+                " 20 ms, give a longer clip"
             )
         return [Piece(waveform, 0.0, seconds)]
     too_long = f"{name} is {seconds:.1f} s long"

@@ -11,6 +11,7 @@ import io
 import itertools
 import os
 import re
+import stat
 import threading
 import time
 import urllib.error
@@ -74,27 +75,57 @@ def open_source(source: Any, name: str) -> BinaryIO:
     if not isinstance(source, (str, os.PathLike)):
         kind = type(source).__name__
         raise AudioError(f"audio is a {kind}, expected a path, URL, bytes, file, array or tensor")
-    path = os.fspath(source)
-    if isinstance(source, str):
-        match = re.match("([a-z][a-z0-9+.-]+)://|(data|file):", source, re.I)
-        scheme = (match[1] or match[2]).lower() if match else ""
-        if scheme == "data":
-            return io.BytesIO(_data_url(source, name))
-        if scheme in ("http", "https"):
-            return io.BytesIO(_download(source, name))
-        if scheme not in ("", "file"):
-            raise AudioError(f"{name}: only http, https, data and file URLs are read, not {scheme}")
-        if scheme == "file":
-            path = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
+    scheme, path = _place(source, name)
+    if scheme == "data":
+        return io.BytesIO(_data_url(path, name))
+    if scheme in ("http", "https"):
+        return io.BytesIO(_download(path, name))
     try:
         file = open(path, "rb")  # noqa: SIM115  the caller closes it
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or one_line(error)
-        raise AudioError(f"{name}: cannot open it: {why}") from error
+        raise _unopened(name, error) from error
     if file.seekable():
         return file
     with file:  # a pipe
         return _buffer(file, name)
+
+
+def check_local(source: str) -> None:
+    """Raise open_source's AudioError for a file on this machine that cannot be opened.
+
+    For a word in time, before a model is loaded. URLs and pipes are left alone: the shell's <(...)
+    can be opened once.
+    """
+    name = source_name(source)
+    scheme, path = _place(source, name)
+    if scheme not in ("", "file"):
+        return
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+            open(path, "rb").close()
+    except (OSError, ValueError) as error:
+        raise _unopened(name, error) from error
+
+
+def _place(source: str | os.PathLike[str], name: str) -> tuple[str, str]:
+    """A URL's scheme, "" for a path, and where that leads: a path for "file", else the source."""
+    path = os.fspath(source)
+    if not isinstance(source, str):
+        return "", path
+    match = re.match("([a-z][a-z0-9+.-]+)://|(data|file):", source, re.I)
+    scheme = (match[1] or match[2]).lower() if match else ""
+    if scheme not in ("", "file", "data", "http", "https"):
+        raise AudioError(f"{name}: only http, https, data and file URLs are read, not {scheme}")
+    if scheme == "file":
+        path = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
+    return scheme, path
+
+
+def _unopened(name: str, error: Exception) -> AudioError:
+    return AudioError(
+        f"{name}: cannot open it: {getattr(error, 'strerror', None) or one_line(error)}"
+    )
 
 
 def _buffer(file: Any, name: str) -> io.BytesIO:

@@ -103,12 +103,15 @@ def ask(
             "<|audio_bos|><|AUDIO|><|audio_eos|>Generate the caption in English:"
     """
     from qwen2audio_core.assistant import user_turn
+    from qwen2audio_core.audio_files import check_local
 
-    message = user_turn(text, audio)  # before the model is loaded
+    message = user_turn(text, audio)  # before the model is loaded, as all that could be a slip
     if text and text.lower().endswith(CLIP_SUFFIXES) and os.path.isfile(text):
         raise InputError(f"{text} is a clip, not a question: give it as --audio {text}")
     if raw and (text is None or system is not None):
         raise InputError("--raw takes TEXT as the whole prompt, and no --system")
+    for clip in audio or ():
+        check_local(clip)
     began = time.perf_counter()
     assistant = load(model, device, dtype, no_pack, quantize)
     loaded = time.perf_counter()
@@ -242,6 +245,9 @@ def transcribe(
 ) -> None:
     """Write down what is said, with the published recognition prompts; of any length.
 
+    Printed are one recording in one format, or several as txt, each file's name on stderr.
+    Everything else goes into a folder, a file for each: -o DIR.
+
     Examples:
 
         qwen2audio transcribe talk.mp3 --language en
@@ -252,12 +258,26 @@ def transcribe(
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from qwen2audio_core import transcribe as transcripts
+    from qwen2audio_core.audio_files import check_local, source_name
+    from qwen2audio_core.errors import AudioError
 
-    formats = transcripts.kinds_of(format or ["txt"])  # a typo is told of before the model is read
+    formats = transcripts.kinds_of(format or ["txt"])  # slips are told of before the model is read
+    if output is None and (len(formats) > 1 or (len(files) > 1 and formats != ["txt"])):
+        what = f"{len(formats)} formats" if len(formats) > 1 else f"{formats[0]} of several files"
+        raise InputError(f"{what} would run into one another: give a folder for them, -o DIR")
     if word_timestamps and "json" not in formats:
         note("word times are written in json alone: add -f json")
+    there = []
+    for file in files:
+        try:
+            check_local(file)
+            there.append(file)
+        except AudioError as error:
+            note(f"error: {error}")
+    failed = len(there) < len(files)
+    if not there:
+        raise typer.Exit(2)
     assistant = load(model, device, dtype, no_pack, quantize)
-    failed = False
     with (
         quiet_libraries(),
         Progress(
@@ -278,7 +298,7 @@ def transcribe(
 
         for outcome in transcripts.run(
             assistant,
-            files,
+            there,
             output,
             formats,
             on_progress=show,
@@ -297,11 +317,12 @@ def transcribe(
                 failed = True
                 note(f"error: {outcome.error}")
             elif output is None:
-                for kind in transcripts.FORMATS if "all" in formats else dict.fromkeys(formats):
-                    written = transcripts.FORMATS[kind](outcome.transcript)
-                    write(written if kind == "json" else printable(written))
-            for file in outcome.files:
-                note(f"wrote {file}")
+                if len(files) > 1:
+                    note(f"{source_name(outcome.source)}:")
+                written = transcripts.FORMATS[formats[0]](outcome.transcript)
+                write(written if formats == ["json"] else printable(written))
+            for path in outcome.files:
+                note(f"wrote {path}")
     if failed:
         raise typer.Exit(2)
 
@@ -326,7 +347,10 @@ def compare(
     """
     from qwen2audio_core import compare as comparison
     from qwen2audio_core.assistant import pick_device
+    from qwen2audio_core.audio_files import check_local
 
+    for clip in audio or ():
+        check_local(clip)
     code = comparison.run(
         model,
         audio or (),

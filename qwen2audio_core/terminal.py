@@ -20,7 +20,10 @@ def load(
     no_pack: bool = False,
     quantize: Literal["int8", "int4"] | None = None,
 ) -> "Assistant":
-    """The model that a command's options name; says on stderr what it should not be taken for."""
+    """The model that a command's options name; says on stderr what it should not be taken for.
+
+    A script that calls often sets QWEN2AUDIO_NO_NOTICE, to any value, once that was said.
+    """
     import torch
 
     from qwen2audio_core import assistant, tiny
@@ -28,7 +31,7 @@ def load(
     kind = None if dtype is None else getattr(torch, dtype)
     pack = False if no_pack else None
     loaded = assistant.load(model, device, kind, pack=pack, quantize=quantize)
-    if small := tiny.which(loaded.model):
+    if not os.environ.get("QWEN2AUDIO_NO_NOTICE") and (small := tiny.which(loaded.model)):
         note(tiny.WARNINGS[small])
     return loaded
 

@@ -208,7 +208,7 @@ def trained() -> Path:
 def folder() -> Path:
     """A tiny random checkpoint, made in the user's cache the first time it is asked for."""
     recipe = json.dumps([3, TINY.to_json()], sort_keys=True).encode()  # 3: raise it to make anew
-    name = f"tiny-{hashlib.sha256(recipe).hexdigest()[:12]}"
+    name = f"random-{hashlib.sha256(recipe).hexdigest()[:12]}"
     caches = (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen2audio",
         Path(tempfile.gettempdir())

@@ -10,6 +10,7 @@ qwen2audio="$environment/bin/qwen2audio"
 say "speech: \"What does the person say?\" about en_train.flac"
 "$qwen2audio" ask "What does the person say?" --audio "$clips/en_train.flac" \
     --greedy --max-new-tokens 24 "$@"
+export QWEN2AUDIO_NO_NOTICE=1  # what the small model is was said once
 say "voice chat: en_snow.flac asks \"What colour is snow?\", nothing is written"
 "$qwen2audio" ask --audio "$clips/en_snow.flac" --greedy --max-new-tokens 24 "$@"
 say "sound: \"What is that sound?\" about sound_bell.flac"

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen2audio_core import assistant, cli, tiny
+from qwen2audio_core import assistant, cli, compare, tiny
 from qwen2audio_core.assistant import StopWriter
+from qwen2audio_core.audio_files import check_local
 from qwen2audio_core.compare import Report
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.talk import Talk, file_name
@@ -277,8 +278,97 @@ def test_no_pack(run, monkeypatch, question, command, expected):
 
     monkeypatch.setattr(assistant, "load", load)
     for words in ((), ("--no-pack",)):
-        assert "enough" in failure(run(command, question.name + "?", *words))
+        asked = "what?" if command == "ask" else question
+        assert "enough" in failure(run(command, asked, *words))
     assert given == [None, expected]
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Loading a model is a failure of the test."""
+
+    def load(*words, **options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(assistant, "load", load)
+    monkeypatch.setattr(compare, "find", load)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("ask", "What?", "--audio"),
+        ("transcribe",),
+        ("compare", "What?", "--audio"),
+        ("inspect", "--model", "random"),
+    ],
+)
+def test_a_clip_that_is_not_there_is_told_of_before_the_model_is_read(
+    run, no_model, tmp_path, monkeypatch, words
+):
+    monkeypatch.chdir(tmp_path)
+    for name, why in (
+        ("none.wav", "No such file or directory"),
+        (str(tmp_path), "Is a directory"),
+        ("ftp://host/a.wav", "only http, https, data and file URLs are read, not ftp"),
+        (f"file://{tmp_path}/none.wav", "No such file or directory"),
+    ):
+        message = failure(run(*words, name))
+        assert name in message and why in message
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        run(*words, next(CLIPS.glob("*.flac")))
+
+
+def test_a_pipe_is_not_opened_before_it_is_heard(tmp_path):
+    pytest.importorskip("fcntl")
+    os.mkfifo(tmp_path / "pipe")
+    check_local(str(tmp_path / "pipe"))  # opened, it would wait here for a writer
+
+
+def test_transcribe_goes_on_without_what_is_missing(run, question, tmp_path):
+    words = ("--max-new-tokens", 4, "--greedy")
+    alone = run("transcribe", question, *words)[1]
+    code, out, err = run("transcribe", tmp_path / "none.wav", question, *words)
+    assert (code, out) == (2, alone)
+    assert err.index("none.wav: cannot open it") < err.index("small random model")
+
+
+def test_what_is_printed_is_known_by_its_file(run, question, no_model):
+    both = ("transcribe", question, question)
+    for kind in ("srt", "vtt", "tsv", "json"):
+        message = failure(run(*both, "-f", kind))
+        assert message.startswith(f"error: {kind} of several files would run into one another")
+    assert failure(run("transcribe", question, "-f", "srt", "-f", "json")).startswith(
+        "error: 2 formats would run into one another: give a folder for them, -o DIR"
+    )
+    assert failure(run("transcribe", question, "-f", "all")).startswith("error: 5 formats")
+
+
+def test_several_transcripts_are_printed_with_their_names_on_stderr(run, question):
+    words = ("--max-new-tokens", 4, "--greedy")
+    alone = run("transcribe", question, *words)[1]
+    code, out, err = run("transcribe", question, question, *words)
+    assert code == 0 and out == 2 * alone
+    assert err.splitlines().count(f"{question}:") == 2
+    assert f"{question}:" not in run("transcribe", question, *words)[2].splitlines()
+
+
+def test_a_script_can_leave_out_the_notice(run, monkeypatch):
+    words = ("ask", "x", "--max-new-tokens", 1)
+    assert tiny.WARNINGS["random"] in run(*words)[2]
+    monkeypatch.setenv("QWEN2AUDIO_NO_NOTICE", "1")
+    assert tiny.WARNINGS["random"] not in run(*words)[2]
+
+
+def test_the_random_model_is_named_for_what_it_is(run):
+    folder = json.loads(run("info", "--model", "random", "--json")[1])["folder"]
+    assert Path(folder).name.startswith("random-")
+
+
+def test_a_reply_shows_itself_in_a_line(model):
+    reply = model.ask("x", greedy=True, max_new_tokens=3)
+    assert repr(reply) == f"<Reply {reply.text!r}, 3 tokens, length>"
+    assert str(reply) == reply.text
 
 
 def test_compare_knows_its_devices(run):

@@ -195,3 +195,20 @@ def test_the_demo_asks_about_clips_that_ship() -> None:
     names = re.findall(r"\$clips/(\w+)\.flac", text) + re.findall(r"\b[a-z]{2}:(\w+)", text)
     assert len(names) == 6
     assert all((ROOT / folder / f"{name}.flac").is_file() for name in names), names
+
+
+def test_the_demo_says_once_what_its_model_is(checkout: Checkout) -> None:
+    checkout.prepare()
+    command = checkout.environment / "bin" / "qwen2audio"
+    command.write_text('#!/bin/sh\necho "$1 ${QWEN2AUDIO_NO_NOTICE:-said}" >>"$LOG"\n')
+    command.chmod(0o755)
+    checkout.log.write_text("")
+    subprocess.run(
+        ["bash", str(checkout.root / "scripts" / "demo.sh")],
+        env={"PATH": str(checkout.tools), "LOG": str(checkout.log)},
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    calls = [line for line in checkout.log.read_text().splitlines() if line[:3] in ("ask", "tra")]
+    assert calls == ["ask said", "ask 1", "ask 1", *["transcribe 1"] * 3]

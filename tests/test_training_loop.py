@@ -133,6 +133,8 @@ def test_attention_is_led_to_where_a_token_is_said(base, tmp_path, monkeypatch) 
     assert one.keys() == two.keys()
     for name, expected in one.items():
         torch.testing.assert_close(two[name], expected, rtol=1e-4, atol=1e-7, msg=name)
+    for run in (plain, again):  # which ran every layer twice
+        assert not run.trainee._queries
     monkeypatch.undo()
     run = a_run(base, [rows], tmp_path / "run", warmup=1, **asked)
     batch = batch_of(run, range(16))

@@ -164,7 +164,8 @@ def test_statistics_count_what_is_there(base, tmp_path) -> None:
     rows.append(chat_row([clip, clip], ["One.", "Two."], source="analysis"))
     rows.append({"audio": "gone.wav", "prompt": "x", "gt": "y", "seconds": 1})
     file = write_lines(tmp_path / "rows.jsonl", [*rows, "{"])
-    page = inspect.statistics(settings(base, [file], tmp_path))
+    page, bad = inspect.statistics(settings(base, [file], tmp_path))
+    assert bad == 2
     assert f"bad  {file}:8: not JSON" in page and f"bad  {file}:7: " in page
     assert "rows            6 good, 2 bad" in page
     # Answers of 1, 2, 3, 1, 2 letters with their ends, and two turns of 4 letters with theirs.
@@ -172,6 +173,16 @@ def test_statistics_count_what_is_there(base, tmp_path) -> None:
     assert "clips           7 (5 with 1, 1 with 2)" in page
     assert "least 0.3, median 0.5, 95 % 2.0, most 2.0 s" in page
     assert "source          asr_tone: 5" in page and "source          analysis: 1" in page
+
+
+def test_a_check_that_finds_bad_rows_ends_with_2(base, run, tmp_path) -> None:
+    rows = official_rows(tmp_path, 3)
+    good = write_lines(tmp_path / "good.jsonl", rows)
+    assert "3 good, 0 bad" in run("train", good, "--model", base, "--check")
+    file = write_lines(tmp_path / "rows.jsonl", [*rows, "{"])
+    printed = run("train", file, "--model", base, "--check", "--show", 1, code=2)
+    assert "3 good, 1 bad" in printed and "<|audio_eos|>" in printed
+    assert printed.endswith("error: bad rows: 1; training would leave them out\n")
 
 
 def test_masks_are_shown_in_brackets(base, tmp_path) -> None:

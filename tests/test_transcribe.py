@@ -131,7 +131,7 @@ def test_a_short_rest_joins_the_window_before_it(tokenizer):
     fake = Fake(tokenizer, ["a", "b"])
     transcribe.transcribe(fake, (clicks(30 + 1 / RATE).numpy(), RATE))
     assert all(len(prompt.clips[0]) > 320 for prompt in fake.prompts)
-    with pytest.raises(AudioError, match="320 samples are too short"):
+    with pytest.raises(AudioError, match="too short to be heard, 20 ms"):
         transcribe.transcribe(fake, (torch.zeros(320), RATE))
 
 
@@ -419,6 +419,10 @@ def test_formats_are_checked(tmp_path):
         InputError, match="'doc' is unknown, expected txt, srt, vtt, tsv, json or all"
     ):
         transcribe.write(EXAMPLE, tmp_path, "talk", ["txt", "doc"])
+    with pytest.raises(InputError, match=r"json or all; each by itself: -f srt -f json$"):
+        transcribe.kinds_of(["srt,json"])
+    with pytest.raises(InputError, match=r"json or all$"):
+        transcribe.kinds_of(["doc"])
     with pytest.raises(InputError, match="no format"):
         transcribe.write(EXAMPLE, tmp_path, "talk", [])
     assert names(tmp_path) == []

@@ -64,9 +64,11 @@ def inspect(
         qwen2audio inspect glass.mp3 "What is that sound?" -o report.html --figures figures
     """
     _check(output, figures, data)
+    from qwen2audio_core.audio_files import check_local
     from qwen2audio_core.inspection.collect import inspect as look
     from qwen2audio_core.inspection.report import to_html
 
+    check_local(clip)
     assistant = load(model, device, dtype, no_pack)
     with quiet_libraries(), _Progress() as progress:
         seen = look(

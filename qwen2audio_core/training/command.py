@@ -13,7 +13,7 @@ def train(
         typer.Argument(metavar="DATA...", help="jsonl files; a.jsonl@2 counts twice."),
     ],
     model: Annotated[
-        str, typer.Option("--model", "-m", help="Hub id or checkpoint folder to begin with.")
+        str, typer.Option("--model", "-m", help="To begin with: hub id, folder, tiny or random.")
     ] = "Qwen/Qwen2-Audio-7B-Instruct",
     out: Annotated[str, typer.Option("--out", "-o", help="Folder of the run.")] = "run",
     stage: Annotated[
@@ -22,7 +22,11 @@ def train(
     ] = "sft",
     valid: Annotated[str | None, typer.Option(help="jsonl to measure on meanwhile.")] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Read every row, print what the data is, and end.")
+        bool,
+        typer.Option(
+            "--check",
+            help="Read every row, print what the data is, and end; exit code 2: bad rows.",
+        ),
     ] = False,
     show: Annotated[
         int, typer.Option(help="Print so many rows, token by token: what is trained on. And end.")
@@ -101,8 +105,9 @@ def train(
 ) -> None:
     """Train on rows of audio and text, in the forms of ms-swift, LLaMA-Factory or the paper's.
 
-    A run that was stopped goes on when the same command is given again. Several GPUs: the same
-    command behind `torchrun --nproc-per-node N -m qwen2audio_core.cli`.
+    Without --model it is the published model of 8.4 billion parameters, 17 GB to download, that is
+    trained. A run that was stopped goes on when the same command is given again. Several GPUs: the
+    same command behind `torchrun --nproc-per-node N -m qwen2audio_core.cli`.
 
     Examples:
 
@@ -168,10 +173,14 @@ def train(
     if check or show or memory:
         if memory:
             typer.echo(inspect.memory(settings))
+        bad = 0
         if check:
-            typer.echo(inspect.statistics(settings))
+            page, bad = inspect.statistics(settings)
+            typer.echo(page)
         if show:
             typer.echo(inspect.masks(settings, show))
+        if bad:
+            raise InputError(f"bad rows: {bad:,}; training would leave them out")
         return
     if steps is None and minutes is None:
         raise InputError("say when the run ends: --steps or --minutes")

@@ -33,8 +33,9 @@ def _loader(settings: Settings) -> tuple[Loader, Qwen2AudioConfig]:
 # What a data set is
 
 
-def statistics(settings: Settings) -> str:
-    """Read every row and every clip; returns a page on the data, the bad rows first."""
+def statistics(settings: Settings) -> tuple[str, int]:
+    """Read every row and every clip; returns a page on the data, the bad rows first, and how many
+    these are."""
     loader, _ = _loader(settings)
     rows = loader.rows
     bad = list(rows.bad)
@@ -58,7 +59,7 @@ def statistics(settings: Settings) -> str:
         lines.append(f"bad  ... and {len(bad) - SHOWN:,} more")
     lines.append(f"rows            {len(tokens):,} good, {len(bad):,} bad")
     if not tokens:
-        return "\n".join(lines)
+        return "\n".join(lines), len(bad)
     by_clips = ", ".join(f"{count:,} with {n}" for n, count in sorted(clips.items()))
     lines += [
         f"answers         {turns:,} trained on, {trained:,} tokens with their ends",
@@ -84,7 +85,7 @@ def statistics(settings: Settings) -> str:
         lines.append(f"source          {source}: {count:,}")
     if len(sources) > SHOWN:
         lines.append(f"source          ... and {len(sources) - SHOWN} more")
-    return "\n".join(lines)
+    return "\n".join(lines), len(bad)
 
 
 def _spread(values: list[float] | list[int], form: str) -> str:

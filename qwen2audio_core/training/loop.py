@@ -130,7 +130,7 @@ class Trainee(nn.Module):
             self.sounds_head = nn.Linear(width, sounds, device=device)
         if alphabet or sounds:
             model.audio_tower.layers[-1].register_forward_hook(self._keep)
-        self._queries: list[tuple[Tensor, Tensor]] = []
+        self._queries: list[tuple[Tensor, Tensor]] | None = None  # a list during forward alone
         if attend:
             layers = model.language_model.model.layers
             for layer in layers[len(layers) // 2 :]:
@@ -148,7 +148,8 @@ class Trainee(nn.Module):
                 half = max(1, k.shape[2] // 2)
                 group = q.shape[2] // k.shape[2]
                 kept = k[:, :, :half].repeat_interleave(group, dim=2)
-                self._queries.append((q[:, :, : half * group], kept))
+                if self._queries is not None:  # it is when a layer is run again for its gradient
+                    self._queries.append((q[:, :, : half * group], kept))
             y: Tensor = op(q, k, v, *args, **kwargs)
             return y
 
@@ -184,7 +185,7 @@ class Trainee(nn.Module):
         if self.lockstep:  # a gradient for every head on every process, be it zero
             heads = [p for name, p in self.named_parameters() if not name.startswith("model.")]
             found["loss"] = found["loss"] + 0 * sum(head.sum() for head in heads)
-        self._states, self._queries = None, []
+        self._states, self._queries = None, None
         return found
 
     def _embed(self, batch: Batch) -> Tensor:
@@ -344,6 +345,8 @@ class Run:
     def __init__(self, settings: Settings, group: Group, rows: Rows):
         self.settings, self.group, self.rows = settings, group, rows
         self.out = Path(settings.out)
+        self.report = report.Report(self.out, settings.tensorboard, quiet=not group.first)
+        self.report.note(f"training begins with {settings.model}")  # before a download of it
         done = checkpoint.checkpoints(self.out)
         self.progress = Progress.read(done[-1]) if done else Progress()
         if self.progress.alphabet is None:
@@ -370,7 +373,6 @@ class Run:
         parallel.spread(self.trainee, model, group)
         self.trained = [p for p in self.trainee.parameters() if p.requires_grad]
         self.optimizer = self._make_optimizer()
-        self.report = report.Report(self.out, settings.tensorboard, quiet=not group.first)
         if done:
             checkpoint.load(done[-1], self.trainee, self.optimizer, group)
             self.report.forget_after(self.progress.step)
