@@ -1,14 +1,18 @@
 """Packed linear layers: the bits of F.linear, and never a stale weight."""
 
 import copy
+import ctypes
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from qwen2audio_core import backends, tiny
+from qwen2audio_core import backends, terminal, tiny
 from qwen2audio_core.errors import InputError
-from qwen2audio_core.linear import Linear, PackedLinear, why_not_packed
+from qwen2audio_core.linear import Linear, PackedLinear, limit_shapes, why_not_packed
 from qwen2audio_core.model import Qwen2Audio
 
 WEIGHT = torch.randn(96, 80, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -79,3 +83,66 @@ def test_where_it_does_not_pay():
         backends.use(model, linear="packed")
     assert backends.use(model, "auto").chosen["linear"] == "torch"
     assert "weights are on meta" in why_not_packed(torch.empty(1, device="meta"))
+
+
+# --- what oneDNN keeps of every shape -------------------------------------------------------------
+
+CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+# Prints the MiB that the second 100 numbers of rows leave allocated, beside the first 100.
+SHAPES = """
+import ctypes, sys, torch
+from qwen2audio_core.linear import PackedLinear, limit_shapes
+names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in names]
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Info
+if sys.argv[1] == "limited":
+    limit_shapes(16)
+torch.set_num_threads(1)
+layer, weight, used = PackedLinear(), torch.ones(64, 64).bfloat16(), 0
+with torch.no_grad():
+    for rows in range(1, 201):
+        layer(torch.ones(rows, 64).bfloat16(), weight)
+        if rows == 100:
+            used = mallinfo2().uordblks
+print((mallinfo2().uordblks - used) / 2**20)
+"""
+
+
+@needs_bf16
+def test_shapes_do_not_pile_up():
+    """With the opposite, so that the test would see them."""
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("needs mallinfo2, of glibc 2.33 or newer")
+    environment = {name: value for name, value in os.environ.items() if name not in CAPACITIES}
+    grown = {}
+    running = {
+        kind: subprocess.Popen(
+            [sys.executable, "-c", SHAPES, kind], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for kind in ("limited", "unlimited")
+    }
+    for kind, process in running.items():
+        grown[kind] = float(process.communicate(timeout=60)[0])
+        assert process.returncode == 0
+    assert abs(grown["limited"]) < 2 and grown["unlimited"] > 20, grown
+
+
+def test_every_command_limits_shapes_unless_told_otherwise(monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def load(*arguments, **options):
+        raise Reached([os.environ.get(name) for name in CAPACITIES])
+
+    monkeypatch.setattr("qwen2audio_core.assistant.load", load)
+    for name in CAPACITIES:
+        monkeypatch.setenv(name, "7")  # and as it was, after the test
+    monkeypatch.delenv(CAPACITIES[0])
+    with pytest.raises(Reached) as seen:
+        terminal.load("tiny")
+    assert seen.value.args == (["128", "7"],)
+    monkeypatch.delenv(CAPACITIES[0])
+    limit_shapes(9)
+    assert [os.environ[name] for name in CAPACITIES] == ["9", "7"]
