@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from qwen2audio_core import ops
 from qwen2audio_core.cache import KVCache
 from qwen2audio_core.config import TextConfig
-from qwen2audio_core.linear import Linear
+from qwen2audio_core.linear import Embedding, Linear
 
 
 class RMSNorm(nn.Module):
@@ -84,7 +84,7 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )

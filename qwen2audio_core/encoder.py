@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from qwen2audio_core import ops
 from qwen2audio_core.config import AudioConfig
-from qwen2audio_core.linear import Linear
+from qwen2audio_core.linear import Drawn, Embedding, Linear
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(Drawn, nn.LayerNorm):
     """nn.LayerNorm (eps 1e-5) with a slot for its arithmetic."""
 
     def __init__(self, width: int):
@@ -76,7 +76,7 @@ class AudioEncoder(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv1d(config.num_mel_bins, config.d_model, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(config.d_model, config.d_model, kernel_size=3, stride=2, padding=1)
-        self.embed_positions = nn.Embedding(config.max_source_positions, config.d_model)
+        self.embed_positions = Embedding(config.max_source_positions, config.d_model)
         self.embed_positions.requires_grad_(False)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.layer_norm = LayerNorm(config.d_model)

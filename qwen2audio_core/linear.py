@@ -31,7 +31,23 @@ def limit_shapes(most: int = SHAPES) -> None:
         os.environ.setdefault(name, str(most))
 
 
-class Linear(nn.Linear):
+class Drawn:
+    """Mixed into a layer of torch.nn: its weights are drawn, but not on the meta device.
+
+    There the draw means nothing, takes most of the time of making a model without storage, and for
+    some layers makes PyTorch import its compiler, one to two seconds more.
+    """
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # type: ignore[attr-defined]
+            super().reset_parameters()  # type: ignore[misc]
+
+
+class Embedding(Drawn, nn.Embedding):
+    """nn.Embedding."""
+
+
+class Linear(Drawn, nn.Linear):
     """nn.Linear with a slot for its arithmetic."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True):

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from qwen2audio_core import frontend, packing, quantize, reading
 from qwen2audio_core.config import Qwen2AudioConfig
@@ -365,25 +364,8 @@ def _build(
 
 def without_storage(config: Qwen2AudioConfig) -> Qwen2Audio:
     """The model's shapes alone: every parameter on the meta device, nothing allocated or drawn."""
-    with torch.device("meta"), _SkipInit():
+    with torch.device("meta"):
         return Qwen2Audio(config)
-
-
-class _SkipInit(TorchFunctionMode):
-    """Leaves new parameters as they are. Even on the meta device, drawing them has a price: it
-    makes PyTorch import its compiler, one to two seconds."""
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
 
 
 def few(names: list[str]) -> str:

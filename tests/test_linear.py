@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qwen2audio_core import backends, terminal, tiny
+from qwen2audio_core import backends, terminal, tiny, weights
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.linear import Linear, PackedLinear, limit_shapes, why_not_packed
 from qwen2audio_core.model import Qwen2Audio
@@ -146,3 +146,30 @@ def test_every_command_limits_shapes_unless_told_otherwise(monkeypatch):
     monkeypatch.delenv(CAPACITIES[0])
     limit_shapes(9)
     assert [os.environ[name] for name in CAPACITIES] == ["9", "7"]
+
+
+def test_weights_are_drawn_but_not_on_the_meta_device():
+    torch.manual_seed(0)
+    model = Qwen2Audio(tiny.TINY)
+    for name, parameter in model.named_parameters():
+        norm = "norm" in name  # those begin with ones and zeros
+        assert norm or parameter.std() > 0.01, name
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(5, 7)
+    torch.manual_seed(0)
+    assert torch.equal(Linear(5, 7).weight, plain.weight)
+    shape = weights.without_storage(tiny.TINY)
+    assert all(parameter.is_meta for parameter in shape.parameters())
+    assert {n: p.shape for n, p in shape.named_parameters()} == {
+        n: p.shape for n, p in model.named_parameters()
+    }
+
+
+def test_a_model_without_storage_imports_no_compiler():
+    """As one with the embedding of torch 2.11 does, and takes seconds for it."""
+    script = (
+        "import sys; from qwen2audio_core import tiny, weights;"
+        " weights.without_storage(tiny.TINY); print('torch._dynamo' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False"]
