@@ -66,11 +66,12 @@ def bell(time: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def rain(time: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Steady hiss and some eight hundred drops, each a click that fades within a millisecond."""
-    waves = 0.05 * rng.standard_normal(len(time))
-    drop = np.exp(-np.arange(80) / 12) * np.sin(2 * np.pi * np.arange(80) / 6)
-    for start in rng.integers(0, len(time) - len(drop), size=800):
-        waves[start : start + len(drop)] += rng.exponential(0.15) * drop
+    """Bright hiss and three hundred drops of all pitches, each gone within some milliseconds."""
+    waves = 0.15 * np.diff(rng.standard_normal(len(time) + 1))
+    since = np.arange(80) / RATE
+    for start in rng.integers(0, len(time) - len(since), size=300):
+        drop = np.exp(-since / 0.001) * np.sin(2 * np.pi * rng.uniform(1800, 5500) * since)
+        waves[start : start + len(since)] += rng.exponential(0.3) * drop
     return waves
 
 

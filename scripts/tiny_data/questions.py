@@ -217,6 +217,8 @@ TOPICS = {
     "unknown": 3,
     "said": 5,
 }
+# Topics whose every answer is to be learned by heart, the largest most often.
+TABLES = ("arithmetic",) * 5 + ("counting",) * 2 + ("days", "opposites", "capitals")
 REPEAT = ("Repeat after me: ", "Say after me: ", "Please repeat: ", "Please say: ")
 
 
