@@ -737,8 +737,8 @@ def _into_mandarin(maker: Maker, _: str) -> Row:
 
 
 PRETRAIN: dict[Task, float] = {
-    asr: 45,
-    long: 4,
+    asr: 43,
+    long: 6,
     nothing_said: 1,
     language: 8,
     _into_english: 10,
