@@ -43,7 +43,7 @@ import numpy as np
 from tiny_data import render, speech, tasks
 
 RATE = 16_000
-FOLDER = 1_000  # rows whose clips, two at most, share a folder
+FOLDER = 1_000  # rows whose clips, four at most, share a folder
 CHUNK = 400  # rows made at a time; what a broken-off run loses, for each worker
 ROWS = {
     "pretrain": 50_000,

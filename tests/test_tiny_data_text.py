@@ -165,13 +165,15 @@ def test_every_fact_is_trained_in_some_wording(topic: str) -> None:
 def test_arithmetic_is_right() -> None:
     value = {texts.number("en", n): n for n in range(100)}
     for text, answer in questions.facts("arithmetic"):
-        a, sign, b = re.search(r"(\w+) (plus|minus|times) (\w+)", text.lower()).groups()  # type: ignore[union-attr]
+        sum_ = r"(\w+) (plus|minus|times) (\w+)"
+        a, sign, b = re.search(sum_, text.lower()).groups()  # type: ignore[union-attr]
         results = {
             "plus": value[a] + value[b],
             "minus": value[a] - value[b],
             "times": value[a] * value[b],
         }
-        assert value[answer.strip(".").lower()] == results[sign]
+        told = re.fullmatch(rf"{sum_} is ([\w-]+)\.", answer.lower())
+        assert told and told.groups()[:3] == (a, sign, b) and value[told[4]] == results[sign]
 
 
 # Splits
@@ -251,7 +253,13 @@ def test_shares_of_tasks(train: list[Row], held_out: list[Row]) -> None:
     english = sum(row["language"] == "en" for row in pretrain if row["task"] == "asr")
     assert abs(english / counts["asr"] - 0.35) < 0.03
     assert {row["language"] for row in pretrain} == set(texts.LANGUAGES)
-    assert {row["task"] for row in sft} == {"voice_chat", "analysis", "several_clips", "silence"}
+    assert {row["task"] for row in sft} == {
+        "voice_chat",
+        "analysis",
+        "several_clips",
+        "talk",
+        "silence",
+    }
     tested = collections.Counter((row["task"], row["set"]) for row in held_out)
     assert min(tested.values()) >= 30
     assert tested["asr", "engine"] >= 80
@@ -273,6 +281,16 @@ def test_one_seed_decides_everything() -> None:
     assert [tasks.pretrain(i, 0, "valid") for i in range(30)] != [
         tasks.pretrain(i, 0) for i in range(30)
     ]
+
+
+def test_talk_is_turns_of_other_tasks_each_with_its_clip(train: list[Row]) -> None:
+    rows = [row for row in train if row["task"] == "talk"]
+    assert {len(row["clips"]) for row in rows} == {2, 3, 4}
+    for row in rows:
+        users = [message["content"] for message in row["messages"][::2]]
+        assert users[0].startswith("<audio>")
+        assert sum(content.startswith("<audio>") for content in users) == len(row["clips"])
+    assert any(row["messages"][0]["content"] != "<audio>" for row in rows)
 
 
 def test_answers_about_several_clips(train: list[Row]) -> None:
@@ -464,4 +482,4 @@ def test_pairs_of_the_official_form_keep_the_tag() -> None:
 def test_pairs_are_of_every_task() -> None:
     drawn = collections.Counter(tasks.pairs(i, 0)["task"] for i in range(2_000))
     everything = {tasks.test(i, 0)["task"] for i in range(make_tiny_data.LEAST["test"])}
-    assert set(drawn) == everything and drawn["silence"] < 500
+    assert set(drawn) == everything | {"talk"} and drawn["silence"] < 500

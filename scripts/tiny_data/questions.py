@@ -4,6 +4,10 @@
 
 A fact is asked in several wordings, and one wording in eight is kept for the test: there the model
 knows the fact but never heard it asked that way.
+
+Where many answers look alike (sums, counting, days, opposites), the answer says what was heard
+before it says what follows from it: "Seven plus three is ten." What follows is then read off what is
+already written, which a small model learns far sooner than to hear and to reckon in one token.
 """
 
 import random
@@ -71,6 +75,15 @@ SUMS = {
     "es": ("¿Cuánto es {a} más {b}?", "Dime, ¿cuánto es {a} más {b}?"),
     "de": ("Wie viel ist {a} plus {b}?", "Sag mir, wie viel ist {a} plus {b}?"),
 }  # fmt: skip
+RESULTS = {
+    "zh": "{a} 加 {b} 等于 {c} 。",
+    "yue": "{a} 加 {b} 等于 {c} 。",
+    "ja": "{a} 足す {b} は {c} です 。",
+    "fr": "{a} plus {b} font {c}.",
+    "it": "{a} più {b} fa {c}.",
+    "es": "{a} más {b} es {c}.",
+    "de": "{a} plus {b} ist {c}.",
+}
 REPLIES = {
     "zh": ("你好！", "早上好！", "晚上好！", "晚安！", "不客气。", "再见！", "我很好，谢谢你。", "对不起，我不知道。"),  # noqa: E501
     "yue": ("你好！", "早晨！", "晚上好！", "晚安！", "唔使客气。", "再见！", "我好好，多谢你。", "对唔住，我唔知道。"),  # noqa: E501
@@ -104,14 +117,15 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _sums() -> Iterator[tuple[str, str, str]]:
+def _sums() -> Iterator[tuple[str, int]]:
     for a in range(10):
         for b in range(10):
-            yield f"{number('en', a)} plus {number('en', b)}", number("en", a + b), ""
+            x, y = number("en", a), number("en", b)
+            yield f"{x} plus {y}", a + b
             if a >= b:
-                yield f"{number('en', a)} minus {number('en', b)}", number("en", a - b), ""
+                yield f"{x} minus {y}", a - b
             if 2 <= a <= 5 and 2 <= b <= 5:
-                yield f"{number('en', a)} times {number('en', b)}", number("en", a * b), ""
+                yield f"{x} times {y}", a * b
 
 
 @cache
@@ -124,9 +138,9 @@ def facts(topic: str) -> tuple[tuple[str, str], ...]:
 
     match topic:
         case "arithmetic":
-            for sum_, result, _ in _sums():
+            for sum_, result in _sums():
                 ask(
-                    _capital(result) + ".",
+                    _capital(f"{sum_} is {number('en', result)}."),
                     f"what is {sum_}?",
                     f"how much is {sum_}?",
                     f"tell me, what is {sum_}?",
@@ -145,7 +159,7 @@ def facts(topic: str) -> tuple[tuple[str, str], ...]:
             for pair in OPPOSITES:
                 for word, other in (pair, pair[::-1]):
                     ask(
-                        _capital(other) + ".",
+                        f"The opposite of {word} is {other}.",
                         f"what is the opposite of {word}?",
                         f"tell me the opposite of {word}.",
                         f"which word is the opposite of {word}?",
@@ -164,7 +178,7 @@ def facts(topic: str) -> tuple[tuple[str, str], ...]:
             for i, day in enumerate(DAYS):
                 for what, other in (("after", DAYS[(i + 1) % 7]), ("before", DAYS[i - 1])):
                     ask(
-                        other + ".",
+                        f"{_capital(what)} {day} comes {other}.",
                         f"what day comes {what} {day}?",
                         f"which day is {what} {day}?",
                         f"tell me the day {what} {day}.",
@@ -174,7 +188,7 @@ def facts(topic: str) -> tuple[tuple[str, str], ...]:
             for n in range(1, 50):
                 for what, other in (("after", n + 1), ("before", n - 1)):
                     ask(
-                        _capital(number("en", other)) + ".",
+                        f"{_capital(what)} {number('en', n)} comes {number('en', other)}.",
                         f"what number comes {what} {number('en', n)}?",
                         f"which number is {what} {number('en', n)}?",
                         f"tell me the number {what} {number('en', n)}.",
@@ -261,8 +275,10 @@ def _foreign_sums(language: str, test: bool) -> tuple[Question, ...]:
             for b in range(1, 6):
                 filled = wording.format(a=number(language, a), b=number(language, b))
                 text, spoken = texts.read(language, filled)
-                result = texts.word(language, ("num", str(a + b))).text
-                question = Question(Sentence(language, text, spoken), result, "arithmetic")
+                numbers = {x: number(language, n) for x, n in (("a", a), ("b", b), ("c", a + b))}
+                result, _ = texts.read(language, RESULTS[language].format(**numbers))
+                asked = Sentence(language, text, spoken)
+                question = Question(asked, _capital(result), "arithmetic")
                 if held_out(text) == test:
                     made.append(question)
     return tuple(made)

@@ -723,6 +723,19 @@ def sound_chat(maker: Maker, _: str = "en") -> Row:
     return row
 
 
+def talk(maker: Maker, _: str = "en") -> Row:
+    """Two to four rows of the tasks above, one after the other, each about its own clip."""
+    rng = maker.rng
+    rows = []
+    for _ in range(rng.choice((2, 2, 3, 3, 4))):
+        task = rng.choice((voice_chat, voice_chat, analysis, analysis, sound_chat))
+        rows.append(task(maker, _language(rng)))
+    row = {**rows[-1], "task": "talk"}
+    for part in ("clips", "messages"):
+        row[part] = [item for one in rows for item in one[part]]
+    return row
+
+
 # Which rows there are
 
 Task = Callable[[Maker, str], Row]
@@ -751,6 +764,7 @@ SFT: dict[Task, float] = {
     voice_chat: 60,
     analysis: 17,
     several: 14,
+    talk: 10,
     silence: 5,
     sound_chat: 4,
 }
