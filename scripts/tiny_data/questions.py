@@ -6,8 +6,8 @@ A fact is asked in several wordings, and one wording in eight is kept for the te
 knows the fact but never heard it asked that way.
 
 Where many answers look alike (sums, counting, days, opposites), the answer says what was heard
-before it says what follows from it: "Seven plus three is ten." What follows is then read off what is
-already written, which a small model learns far sooner than to hear and to reckon in one token.
+before it says what follows from it: "Seven plus three is ten." What follows is then read off what
+is already written, which a small model learns far sooner than to hear and to reckon in one token.
 """
 
 import random
