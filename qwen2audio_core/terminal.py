@@ -22,7 +22,7 @@ def load(
 ) -> "Assistant":
     """The model that a command's options name; says on stderr what it should not be taken for.
 
-    A script that calls often sets QWEN2AUDIO_NO_NOTICE, to any value, once that was said.
+    A script that calls often sets QWEN2AUDIO_NO_NOTICE=1 once that was said.
     """
     import torch
 

@@ -379,11 +379,11 @@ def kinds_of(formats: Iterable[str]) -> list[str]:
     unknown = [kind for kind in kinds if kind not in FORMATS and kind != "all"]
     if unknown or not kinds:
         wanted = f"format {unknown[0]!r} is unknown" if unknown else "no format was given"
-        several = re.split(r"[,;\s]+", unknown[0].strip()) if unknown else []
-        hint = "; each by itself: " + " ".join(f"-f {kind}" for kind in several)
-        raise InputError(
-            f"{wanted}, expected {', '.join(FORMATS)} or all{hint if len(several) > 1 else ''}"
-        )
+        several = re.findall(r"[^,;\s]+", unknown[0]) if unknown else []
+        hint = ""
+        if len(several) > 1 and set(several) <= {*FORMATS, "all"}:
+            hint = "; each by itself: " + " ".join(f"-f {kind}" for kind in several)
+        raise InputError(f"{wanted}, expected {', '.join(FORMATS)} or all{hint}")
     return list(FORMATS) if "all" in kinds else kinds
 
 

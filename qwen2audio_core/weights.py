@@ -145,8 +145,6 @@ def assign(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
             if parameter is not None:
                 tensor = state[prefix + key]
                 module._parameters[key] = torch.nn.Parameter(tensor, parameter.requires_grad)
-        for key in module._buffers.keys() - module._non_persistent_buffers_set:
-            module._buffers[key] = state[prefix + key]
 
 
 @dataclass(frozen=True)
@@ -383,7 +381,7 @@ def _build(
 
 
 def without_storage(config: Qwen2AudioConfig) -> Qwen2Audio:
-    """The model's shapes alone: every parameter on the meta device, nothing allocated or drawn."""
+    """The model's shapes alone: every parameter on the meta device."""
     with torch.device("meta"):
         return Qwen2Audio(config)
 

@@ -391,6 +391,9 @@ def main(argv: list[str] | None = None) -> int:
             report = run(url, options)
     elif urlsplit(options.url).hostname not in LOOPBACK:
         parser.error("--url must be of this machine")
+    for name in ("clients", "alone", "warm", "requests"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}: at least 1")
     else:
         report = run(options.url.rstrip("/"), options)
     show(report)

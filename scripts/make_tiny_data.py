@@ -14,7 +14,7 @@
                     as valid-pretrain.jsonl and valid-sft.jsonl
     test.jsonl      both forms; voices, a speech engine, sentences, speeds and noise levels that the
                     training never has
-    texts.txt       every prompt and answer of the training, for the tokenizer
+    texts.txt       every prompt and answer of pretrain, words and sft, for the tokenizer
     phones.jsonl    {"audio", "phones", "end"}: which sound of speech is heard when in the clips of
                     pretrain.jsonl and words.jsonl that are one utterance of espeak-ng, for
                     `train --sounds`
@@ -218,6 +218,8 @@ def write_texts(out: Path, rows: dict[str, int], seed: int) -> None:
 
 def check_engines(wanted: list[str]) -> None:
     """Let each engine speak a word, so that one that is missing is told of before all the work."""
+    if not wanted:
+        return
     names = {"espeak", "flite"}
     if "engines" in wanted:
         names |= {"rhvoice", "pico"}
@@ -245,21 +247,22 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--part is {args.part}: above 0 and at most 1")
     out = args.out.resolve()
     wanted = [stage for stage in ROWS if args.stage in (None, stage)]
-    if args.stage is None and not all(map(shutil.which, ENGINES)):
-        print(f"engines: left out, {' and '.join(ENGINES)} are not installed")
+    missing = [program for program in ENGINES if not shutil.which(program)]
+    if args.stage is None and missing:
+        print(f"engines: left out, not installed: {', '.join(missing)}")
         wanted.remove("engines")
-    try:
-        check_engines([stage for stage in wanted if not (out / f"{stage}.jsonl").exists()])
-    except speech.SpeechError as error:
-        parser.error(str(error))
-    out.mkdir(parents=True, exist_ok=True)
     counts = {stage: max(LEAST[stage], round(args.part * rows)) for stage, rows in ROWS.items()}
     if args.rows:
         counts = dict.fromkeys(counts, args.rows)
-    if not (out / "texts.txt").exists():
-        write_texts(out, counts, args.seed)
-    for stage in wanted:
-        make(out, stage, counts[stage], args.seed, args.workers, args.hours)
+    try:
+        check_engines([stage for stage in wanted if not (out / f"{stage}.jsonl").exists()])
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / "texts.txt").exists():
+            write_texts(out, counts, args.seed)
+        for stage in wanted:
+            make(out, stage, counts[stage], args.seed, args.workers, args.hours)
+    except speech.SpeechError as error:
+        parser.error(str(error))
     return 0
 
 

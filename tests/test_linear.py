@@ -129,7 +129,7 @@ def test_shapes_do_not_pile_up():
     assert abs(grown["limited"]) < 2 and grown["unlimited"] > 20, grown
 
 
-def test_every_command_limits_shapes_unless_told_otherwise(monkeypatch):
+def test_a_command_that_answers_limits_shapes_unless_told_otherwise(monkeypatch):
     class Reached(Exception):
         pass
 
@@ -148,7 +148,7 @@ def test_every_command_limits_shapes_unless_told_otherwise(monkeypatch):
     assert [os.environ[name] for name in CAPACITIES] == ["9", "7"]
 
 
-def test_weights_are_drawn_but_not_on_the_meta_device():
+def test_weights_are_drawn_but_not_on_the_meta_device(monkeypatch):
     torch.manual_seed(0)
     model = Qwen2Audio(tiny.TINY)
     for name, parameter in model.named_parameters():
@@ -158,6 +158,8 @@ def test_weights_are_drawn_but_not_on_the_meta_device():
     plain = torch.nn.Linear(5, 7)
     torch.manual_seed(0)
     assert torch.equal(Linear(5, 7).weight, plain.weight)
+    for kind in (torch.nn.Linear, torch.nn.LayerNorm, torch.nn.Embedding):
+        monkeypatch.setattr(kind, "reset_parameters", lambda self: pytest.fail(f"{self} is drawn"))
     shape = weights.without_storage(tiny.TINY)
     assert all(parameter.is_meta for parameter in shape.parameters())
     assert {n: p.shape for n, p in shape.named_parameters()} == {

@@ -1,5 +1,6 @@
 """The small model's data, its audio side: speech, sounds and the rendering of clip descriptions."""
 
+import os
 import random
 import shutil
 import sys
@@ -151,6 +152,21 @@ def test_a_missing_engine_is_told_before_anything_is_made(
     make_tiny_data.check_engines(["pretrain", "words", "sft"])
     with pytest.raises(speech.SpeechError, match="RHVoice-test is not installed"):
         make_tiny_data.check_engines(["engines"])
+
+
+@needs_engines
+def test_an_engine_that_breaks_harms_no_other(tmp_path, monkeypatch) -> None:
+    """Its process ends with an error of its own, and takes nothing with it that all speak by."""
+    fake = tmp_path / "RHVoice-test"
+    fake.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done; : > "$2"\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(speech, "_server", None)
+    ours = speech.drawn("en", "en-us", 4)
+    before = speech.speak("Ten.", ours)
+    with pytest.raises(speech.SpeechError, match="EOFError"):
+        speech.speak("Ten.", speech.voice("rhvoice", "alan", ""))
+    assert np.array_equal(speech.speak("Ten.", ours), before)
 
 
 @needs_engines

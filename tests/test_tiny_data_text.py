@@ -180,6 +180,7 @@ def test_arithmetic_is_right() -> None:
 
 
 def test_no_test_sentence_is_trained(train: list[Row], held_out: list[Row]) -> None:
+    train = train + [draw(i, 0) for i in range(1_000) for draw in (tasks.words, tasks.engines)]
     trained = {clip["text"] for clip in speeches(train)}
     tested = {clip["text"] for clip in speeches(held_out)}
     assert len(tested) > 800
@@ -193,6 +194,7 @@ def test_no_test_voice_speed_or_noise_is_trained(train: list[Row], held_out: lis
         found = {tuple(clip["voice"]) for clip in speeches(rows)}
         return {(e, v if e == "espeak" else n) for e, n, v in found}
 
+    train = train + [draw(i, 0) for i in range(1_000) for draw in (tasks.words, tasks.engines)]
     assert not voices(train) & voices(held_out)
     assert len([v for v in voices(held_out) if v[0] == "espeak"]) >= 15
     assert len([v for v in voices(held_out) if v[0] == "flite"]) >= 1
@@ -233,11 +235,14 @@ def test_rows_are_well_formed(train: list[Row], held_out: list[Row]) -> None:
             assert ("<|" in row["gt"]) == (row["task"] == "language")
 
 
-def test_half_of_the_training_has_drawn_voices_and_no_test_row(train: list[Row]) -> None:
+def test_half_of_the_training_has_drawn_voices_and_no_test_row(
+    train: list[Row], held_out: list[Row]
+) -> None:
     voices = [clip["voice"][2] for clip in speeches(train)]
     drawn = [name for name in voices if name.startswith("drawn ")]
     assert 0.4 < len(drawn) / len(voices) < 0.65
     assert len(set(drawn)) > 2_000
+    assert not any(clip["voice"][2].startswith("drawn ") for clip in speeches(held_out))
     genders = {"drawn 0": "man", "drawn 1": "woman"}
     assert all(speech.drawn("en", "en-us", int(n[6:])).gender == g for n, g in genders.items())
     rows = [tasks.engines(i, 0) for i in range(300)]

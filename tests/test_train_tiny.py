@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from ctypes.util import find_library
 from pathlib import Path
 
@@ -69,12 +71,20 @@ def test_all_of_it_in_little_broken_off_and_gone_on(checkout: Path) -> None:
     out = checkout / "run"
     for reached in (out / "data" / "sft.jsonl", out / "pairs.jsonl"):
         script = start(checkout)
+        printed = []
+        reader = threading.Thread(target=lambda to=printed, of=script: to.extend(of.stdout))
+        reader.start()
         deadline = time.monotonic() + 600
-        while not reached.exists():
-            assert script.poll() is None and time.monotonic() < deadline, script.stdout.read()
-            time.sleep(0.05)
-        os.killpg(script.pid, signal.SIGKILL)
-        script.communicate()
+        try:
+            while not reached.exists() and script.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            running = script.poll() is None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(script.pid, signal.SIGKILL)
+        reader.join(60)
+        script.wait(60)
+        assert running and reached.exists(), "".join(printed)
     script = start(checkout)
     printed, _ = script.communicate(timeout=900)
     assert script.returncode == 0, printed

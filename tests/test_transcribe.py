@@ -423,6 +423,9 @@ def test_formats_are_checked(tmp_path):
         transcribe.kinds_of(["srt,json"])
     with pytest.raises(InputError, match=r"json or all$"):
         transcribe.kinds_of(["doc"])
+    for nonsense in ("json,", ",", "srt,doc"):
+        with pytest.raises(InputError, match=r"json or all$"):
+            transcribe.kinds_of([nonsense])
     with pytest.raises(InputError, match="no format"):
         transcribe.write(EXAMPLE, tmp_path, "talk", [])
     assert names(tmp_path) == []

@@ -85,7 +85,8 @@ def train(
     noise: Annotated[float, typer.Option(help="Part of the clips to add noise to.")] = 0.0,
     speed: Annotated[float, typer.Option(help="Play clips faster or slower, 0.1: to 10 %.")] = 0.0,
     voice: Annotated[
-        float, typer.Option(help="Move a clip's frequencies and tone, 0.1: by up to 10 %, 4 dB.")
+        float,
+        typer.Option(help="Move a clip's frequencies, tone; 0.1: up to 10 %, 4 dB rms."),
     ] = 0.0,
     workers: Annotated[int, typer.Option(help="Processes that prepare batches.")] = 0,
     float32: Annotated[bool, typer.Option("--float32", help="No bfloat16 arithmetic.")] = False,

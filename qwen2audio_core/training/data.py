@@ -541,8 +541,8 @@ class Augment:
     noise    part of the clips that get noise, white to brown, 5 to 30 dB below the speech
     voice    as another throat, microphone and room would have it: all frequencies of a clip are
              moved by one factor, up to this part (vocal tract length perturbation, Jaitly and
-             Hinton 2013), and its tone by a smooth curve, of 40 dB times this on average: 0.1 for
-             0.9 to 1.1 and 4 dB
+             Hinton 2013), and its tone by six normal draws from low to high, straight lines
+             between them, of 40 dB times this rms: 0.1 for 0.9 to 1.1 and 4 dB
     masking  SpecAugment (arXiv 1904.08779): bands and stretches of the log-mel put to its mean
     """
 
@@ -600,7 +600,7 @@ def _another_voice(mel: Tensor, amount: float, generator: torch.Generator) -> Te
     warped = torch.lerp(mel[above - 1], mel[above], part.clamp(0, 1).float()[:, None])
     points = torch.randn(1, 1, 6, generator=generator) * amount
     tone = torch.nn.functional.interpolate(points, size=bins, mode="linear", align_corners=True)
-    # A log-mel of 1 is 40 dB. What the frontend cut off below the loudest remains cut off.
+    # A log-mel of 1 is 40 dB. Nothing falls below what the frontend cut off under the loudest.
     return (warped + tone[0, 0, :, None]).clamp(min=mel.amin())
 
 

@@ -345,14 +345,15 @@ class Run:
     def __init__(self, settings: Settings, group: Group, rows: Rows):
         self.settings, self.group, self.rows = settings, group, rows
         self.out = Path(settings.out)
-        self.report = report.Report(self.out, settings.tensorboard, quiet=not group.first)
-        self.report.note(f"training begins with {settings.model}")  # before a download of it
         done = checkpoint.checkpoints(self.out)
         self.progress = Progress.read(done[-1]) if done else Progress()
         if self.progress.alphabet is None:
             common = rows.characters.most_common(4000)
             self.progress.alphabet = "".join(sorted(character for character, _ in common))
         self.folder = assistant.find(settings.model)
+        self.report = report.Report(self.out, settings.tensorboard, quiet=not group.first)
+        if not done:
+            self.report.note(f"training begins with {settings.model}")
         self.tokenizer = Tokenizer.from_folder(self.folder)
         model = _load(self.folder, settings, group)
         self.config = model.config

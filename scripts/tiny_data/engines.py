@@ -217,7 +217,9 @@ class Program:
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "spoken.wav")
             command, given = self.command(request, text, path)
-            done = subprocess.run(command, input=given.encode(), capture_output=True)
+            done = subprocess.run(
+                command, input=given.encode(), capture_output=True, timeout=SECONDS
+            )
             if not os.path.exists(path):
                 why = " ".join((done.stderr or done.stdout).decode(errors="replace").split())
                 raise RuntimeError(
@@ -298,13 +300,15 @@ def serve() -> None:
             continue
         child = os.fork()
         if child == 0:
-            signal.alarm(SECONDS)
+            signal.alarm(2 * SECONDS)  # for the libraries: a program has its own limit
             try:
                 rate, samples, events = engines[name].speak(request)
                 about = {"rate": rate, "bytes": len(samples), "events": events}
-                write(json.dumps(about).encode() + b"\n" + samples)
-            except RuntimeError as wrong:
-                write(error(str(wrong)))
+                answer = json.dumps(about).encode() + b"\n" + samples
+            except Exception as wrong:  # let go, it would clean up what is the parent's
+                answer = error(str(wrong) or type(wrong).__name__)
+            signal.alarm(0)
+            write(answer)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status:

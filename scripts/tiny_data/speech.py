@@ -124,6 +124,11 @@ class Voice:
         return "whisper" if self.variant in WHISPERS else None
 
     @property
+    def number(self) -> int | None:
+        """Of a voice of training's own drawing, else None."""
+        return int(self.variant[6:]) if self.variant.startswith("drawn ") else None
+
+    @property
     def key(self) -> list[str]:
         """[engine, name, variant], as clip descriptions name a voice."""
         return [self.engine, self.name, self.variant]
@@ -281,7 +286,7 @@ def synthesise(
             "engine": voice.engine,
             "name": voice.name,
             "variant": voice.variant,
-            "settings": settings(int(voice.variant[6:])) if voice.variant[:6] == "drawn " else "",
+            "settings": "" if voice.number is None else settings(voice.number),
             "text": text,
             "rate": rate,
             "pitch": pitch,

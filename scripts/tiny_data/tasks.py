@@ -157,14 +157,14 @@ class Maker:
         if self.engine:
             known = speech.voices(language, split)
             return rng.choice([voice for voice in known if voice.engine == self.engine])
-        drawn = gender or rng.choices(("man", "woman", None), (45, 40, 15))[0]
-        if language == "en" and drawn == "man" and not (self.test or manner or espeak):
+        sex = gender or rng.choices(("man", "woman", None), (45, 40, 15))[0]
+        if language == "en" and sex == "man" and not (self.test or manner or espeak):
             engine = "flite" if rng.random() < 0.4 else engine
         if engine == "espeak" and not self.test and manner is None and rng.random() < 0.65:
             number = rng.randrange(speech.DRAWN // 2) * 2
-            number += (drawn == "woman") if drawn else rng.randrange(2)
+            number += (sex == "woman") if sex else rng.randrange(2)
             return speech.drawn(language, rng.choice(speech.LANGUAGES[language]), number)
-        return rng.choice(_voices(language, split, engine, drawn, manner))
+        return rng.choice(_voices(language, split, engine, sex, manner))
 
     def say(
         self,
