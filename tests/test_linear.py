@@ -14,6 +14,7 @@ from qwen2audio_core import backends, terminal, tiny, weights
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.linear import Linear, PackedLinear, limit_shapes, why_not_packed
 from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.training import loop
 
 WEIGHT = torch.randn(96, 80, generator=torch.Generator().manual_seed(0)).bfloat16()
 needs_bf16 = pytest.mark.skipif(
@@ -129,19 +130,24 @@ def test_shapes_do_not_pile_up():
     assert abs(grown["limited"]) < 2 and grown["unlimited"] > 20, grown
 
 
-def test_a_command_that_answers_limits_shapes_unless_told_otherwise(monkeypatch):
+def test_commands_limit_shapes_unless_told_otherwise(monkeypatch):
     class Reached(Exception):
         pass
 
-    def load(*arguments, **options):
+    def reached(*arguments, **options):
         raise Reached([os.environ.get(name) for name in CAPACITIES])
 
-    monkeypatch.setattr("qwen2audio_core.assistant.load", load)
+    monkeypatch.setattr("qwen2audio_core.assistant.load", reached)
+    monkeypatch.setattr("qwen2audio_core.training.loop.read_rows", reached)
     for name in CAPACITIES:
         monkeypatch.setenv(name, "7")  # and as it was, after the test
     monkeypatch.delenv(CAPACITIES[0])
     with pytest.raises(Reached) as seen:
         terminal.load("tiny")
+    assert seen.value.args == (["128", "7"],)
+    monkeypatch.delenv(CAPACITIES[0])
+    with pytest.raises(Reached) as seen:
+        loop.train(loop.Settings("tiny", ["rows.jsonl"], "out", device="cpu"))
     assert seen.value.args == (["128", "7"],)
     monkeypatch.delenv(CAPACITIES[0])
     limit_shapes(9)
