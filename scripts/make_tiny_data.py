@@ -86,7 +86,7 @@ def make_chunk(job: Job) -> tuple[int, float]:
     lines, total = [], 0.0
     for i in range(first, last):
         row = DRAW[stage](i, seed)
-        paths, seconds = [], 0.0
+        paths, seconds, heard = [], 0.0, []
         for n, clip in enumerate(row["clips"]):
             waveform, heard = render.render_with_sounds(clip, seed=hash_of(stage, seed, i, n))
             path = folder / f"{i:07}{chr(ord('a') + n) if n else ''}.wav"

@@ -218,7 +218,8 @@ def test_no_test_voice_speed_or_noise_is_trained(train: list[Row], held_out: lis
 
 def test_rows_are_well_formed(train: list[Row], held_out: list[Row]) -> None:
     for row in [*train, *held_out]:
-        assert row["clips"] and row["task"] and row["language"] in texts.LANGUAGES
+        assert bool(row["clips"]) == (row["task"] != "written")
+        assert row["task"] and row["language"] in texts.LANGUAGES
         if "messages" in row:
             roles = [message["role"] for message in row["messages"]]
             assert roles == ["user", "assistant"] * (len(roles) // 2)
@@ -263,6 +264,7 @@ def test_shares_of_tasks(train: list[Row], held_out: list[Row]) -> None:
         "analysis",
         "several_clips",
         "talk",
+        "written",
         "silence",
     }
     tested = collections.Counter((row["task"], row["set"]) for row in held_out)
@@ -296,6 +298,22 @@ def test_talk_is_turns_of_other_tasks_each_with_its_clip(train: list[Row]) -> No
         assert users[0].startswith("<audio>")
         assert sum(content.startswith("<audio>") for content in users) == len(row["clips"])
     assert any(row["messages"][0]["content"] != "<audio>" for row in rows)
+
+
+def test_what_is_written_is_asked_and_answered_without_a_clip(
+    train: list[Row], held_out: list[Row]
+) -> None:
+    rows = [row for row in train if row["task"] == "written"]
+    told = [
+        (user["content"], model["content"])
+        for row in rows
+        for user, model in zip(row["messages"][::2], row["messages"][1::2], strict=True)
+    ]
+    assert len(told) == 4 * len(rows) > 1_000
+    assert set(told) & set(questions.facts("arithmetic"))
+    asked = [re.sub("^Translate into (English|Chinese): ", "", text) for text, _ in told]
+    assert 0.3 < sum(text in dict(told) for text in asked) / len(asked) < 0.8
+    assert not set(asked) & {clip["text"] for clip in speeches(held_out)}
 
 
 def test_answers_about_several_clips(train: list[Row]) -> None:
@@ -487,4 +505,4 @@ def test_pairs_of_the_official_form_keep_the_tag() -> None:
 def test_pairs_are_of_every_task() -> None:
     drawn = collections.Counter(tasks.pairs(i, 0)["task"] for i in range(2_000))
     everything = {tasks.test(i, 0)["task"] for i in range(make_tiny_data.LEAST["test"])}
-    assert set(drawn) == everything | {"talk"} and drawn["silence"] < 500
+    assert set(drawn) == everything | {"talk", "written"} and drawn["silence"] < 500

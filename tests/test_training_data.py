@@ -162,6 +162,7 @@ BROKEN = [
     ({"audio": "a.wav", "gt": "x"}, "prompt is missing"),
     ({"audio": 3, "prompt": "x", "gt": "y"}, "audio is 3"),
     ({"audio": "a.wav", "prompt": "x", "gt": "y", "seconds": "1"}, "seconds is '1'"),
+    ({"audio": "a.wav", "prompt": "x", "gt": "y", "seconds": 0}, "seconds is 0"),
     ({"messages": []}, "messages must be a list"),
     ({"messages": [{"role": "user"}]}, "messages[0]: content is missing"),
     ({"messages": [{"role": "bot", "content": "x"}]}, "role is 'bot'"),
@@ -194,6 +195,12 @@ def test_faults_found_on_reading_are_named_and_counted(tokenizer, clips) -> None
     assert "tokens, the model's context holds 256" in batch.bad[1]
     empty = loader[0, [1]]
     assert empty.supervised == 0 and empty.ids.shape == (1, 1) and len(empty.bad) == 1
+
+
+def test_a_row_without_clips_has_no_seconds(clips) -> None:
+    silent = chat_row([], ["Hello."]) | {"seconds": 0.0}
+    rows = Rows([write_lines(clips / "silent.jsonl", [silent])])
+    assert len(rows) == 1 and not rows.bad and rows.seconds.tolist() == [0.0]
 
 
 def test_a_clip_over_thirty_seconds_is_a_bad_row(tokenizer, clips) -> None:

@@ -129,7 +129,8 @@ def parse(raw: Any, where: str, folder: Path) -> Row:
         raise InputError(f"{where}: a {type(raw).__name__}, expected an object")
     source = _text(raw, "source", where, raw.get("task") or "")
     seconds = raw.get("seconds")
-    if seconds is not None and (
+    silent = seconds == 0 and not (raw.get("audios") or raw.get("audio"))
+    if not (seconds is None or silent) and (
         not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds < 1e6
     ):
         raise InputError(f"{where}: seconds is {seconds!r}, expected a number above 0")

@@ -723,6 +723,32 @@ def sound_chat(maker: Maker, _: str = "en") -> Row:
     return row
 
 
+def written(maker: Maker, _: str = "en") -> Row:
+    """Four questions in writing about no clip: what sums come to, and what sentences mean.
+
+    The ear learns nothing from them, but hundreds of them take no longer than a minute of sound.
+    """
+    rng = maker.rng
+    turns: list[Turn] = []
+    for _ in range(4):
+        draw = rng.random()
+        if draw < 0.6:
+            if draw < 0.45:
+                asked = questions.english(rng, maker.split, rng.choice(questions.TABLES))
+            else:
+                asked = questions.foreign(rng.choice(LANGUAGES[1:]), rng, maker.split)
+            turns.append((asked.topic, asked.sentence.text, asked.answer))
+            continue
+        sentence = texts.shared(rng.choice(LANGUAGES), rng, maker.split)
+        into = [("English", sentence.english), ("Chinese", sentence.mandarin)]
+        name, answer = rng.choice([(name, text) for name, text in into if text])
+        assert answer is not None
+        turns.append(("translate", f"Translate into {name}: {sentence.text}", answer))
+    row = _chat("written", "en", [], _first_with_clip(turns, 0))
+    row["subtask"] = turns[-1][0]
+    return row
+
+
 def talk(maker: Maker, _: str = "en") -> Row:
     """Two to four rows of the tasks above, one after the other, each about its own clip."""
     rng = maker.rng
@@ -765,6 +791,7 @@ SFT: dict[Task, float] = {
     analysis: 17,
     several: 14,
     talk: 10,
+    written: 10,
     silence: 5,
     sound_chat: 4,
 }
