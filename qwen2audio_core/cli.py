@@ -11,6 +11,7 @@ if __name__ == "__main__":  # python -m qwen2audio_core.cli is python -m qwen2au
 
 import json
 import os
+import shlex
 import sys
 import time
 from contextlib import suppress
@@ -63,6 +64,23 @@ CLIP_SUFFIXES = (
     *(".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".webm", ".mp4"),
     *(".aiff", ".aif", ".au"),
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"qwen2audio {version('qwen2audio')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it, and end.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -178,7 +196,7 @@ def chat(
     no_pack: NoPack = False,
     quantize: Quantize = None,
 ) -> None:
-    """Talk in the terminal: /audio FILE, /record, /system, /clear, /retry, /save, /exit.
+    """Talk in the terminal: /audio FILE, /drop, /record, /system, /clear, /retry, /save, /exit.
 
     This one is interactive: it reads a line at a time and goes on after an error, which is one
     line on stderr; the dialogue is on stdout. Its exit code says nothing about single turns.
@@ -265,6 +283,10 @@ def transcribe(
     if output is None and (len(formats) > 1 or (len(files) > 1 and formats != ["txt"])):
         what = f"{len(formats)} formats" if len(formats) > 1 else f"{formats[0]} of several files"
         raise InputError(f"{what} would run into one another: give a folder for them, -o DIR")
+    if output is not None and not os.path.isdir(output):
+        ending = os.path.splitext(output)[1][1:].lower()
+        if ending in transcripts.FORMATS:
+            raise InputError(f"-o is a folder; for the file: -f {ending} > {shlex.quote(output)}")
     if word_timestamps and "json" not in formats:
         note("word times are written in json alone: add -f json")
     there = []
@@ -429,8 +451,14 @@ def main() -> NoReturn:
     except InputError as error:
         code = _fail(str(error))
     except usage_error as error:
+        told = error.format_message()
+        extra = told.partition("Got unexpected extra argument")[2].rstrip(")").lower().split()
+        if any(word.endswith(CLIP_SUFFIXES) for word in extra):
+            told += "; clips go behind --audio"
         where = error.ctx.command_path if error.ctx else "qwen2audio"
-        code = _fail(f"{error.format_message()} (see {where} --help)")
+        if not error.ctx and not words[0].startswith("-"):
+            where += f" {words[0]}"
+        code = _fail(f"{told} (see {where} --help)")
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except (BrokenPipeError, SystemExit):  # typer and rich make an exit of a reader that left

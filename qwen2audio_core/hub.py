@@ -13,6 +13,7 @@ from qwen2audio_core.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"  # of a folder that training made with LoRA
 TOKENIZER_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",
@@ -65,6 +66,14 @@ def find(
             )
         patterns = PATTERNS if weights else ("config.json", *SIDE_FILES, INDEX)
         folder = _download(text, revision, cache_dir, token, offline, patterns)
+    elif not (folder / "config.json").exists():
+        adapter = next((f for f in (folder, folder / "adapter") if (f / ADAPTER).exists()), None)
+        if adapter:
+            raise CheckpointError(
+                f"{text}: an adapter, not a model: first qwen2audio merge {adapter} --out FOLDER"
+            )
+        if not any(folder.glob("*.safetensors")):
+            raise CheckpointError(f"{text}: this folder holds no checkpoint (no config.json)")
     inside(folder, "config.json")
     if weights:
         weight_files(folder)
@@ -211,7 +220,10 @@ def _reason(error: Exception, offline: bool | None) -> str:
                 "offline mode is on and the local cache does not hold all of it; run once with"
                 " the network (HF_HUB_OFFLINE=0), or give a local folder"
             )
-        return "the hub cannot be reached, the local cache does not hold it; check the network"
+        return (
+            "no such folder here, and the hub cannot be reached for a repository of this name,"
+            " which the local cache does not hold; check the name, or the network"
+        )
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"the download failed ({first}); run it again to resume"
 

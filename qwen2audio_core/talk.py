@@ -15,11 +15,12 @@ from typing import Any
 
 from qwen2audio_core.assistant import Assistant, Turn
 from qwen2audio_core.audio_files import source_name
-from qwen2audio_core.errors import InputError, PromptError
+from qwen2audio_core.errors import AudioError, InputError, PromptError
 from qwen2audio_core.terminal import URLS, memory_line, printable
 
 HELP = """\
 /audio FILE     add a clip to your next turn (as often as you like)
+/drop           take the clips of your next turn away again
 /record         record one from the microphone, Enter ends it
 /send           send the clips without a text
 /system TEXT    another system prompt; the conversation begins anew
@@ -52,6 +53,15 @@ class Talk:
     ):
         self.chat = assistant.chat(system)
         self.options = options
+        if tell := options.get("notice"):  # a long clip is split anew for every turn about it
+            told: set[str] = set()
+
+            def once(line: str) -> None:
+                if line not in told:
+                    told.add(line)
+                    tell(line)
+
+            self.options = options | {"notice": once}
         self.clips: list[str] = []  # for the next turn
         self.ask, self.show, self.complain = ask, show, complain
         self._recordings = tempfile.TemporaryDirectory(prefix="qwen2audio-")
@@ -74,7 +84,7 @@ class Talk:
                     self.show("\n(/exit leaves)\n")
                     continue
                 try:
-                    if line == "/exit":
+                    if line.split()[:1] == ["/exit"]:
                         return
                     self.obey(line)
                 except KeyboardInterrupt:
@@ -82,6 +92,8 @@ class Talk:
                 except InputError as error:
                     clearing = isinstance(error, PromptError) and self.chat.messages
                     advice = ", or /clear forgets the conversation" if clearing else ""
+                    if self.clips and isinstance(error, AudioError):
+                        advice = ", or /drop takes the clips of this turn away"
                     self.complain(f"error: {printable(str(error))}{advice}")
                 except (MemoryError, RuntimeError) as error:
                     full_memory = memory_line(error)
@@ -98,6 +110,9 @@ class Talk:
                 self.turn(line)
         elif command == "/audio":
             self.add(rest)
+        elif command == "/drop":
+            self.clips.clear()
+            self.show("Your next turn has no clip.\n")
         elif command == "/record":
             self.add(self.record())
         elif command == "/send":
@@ -124,7 +139,9 @@ class Talk:
             raise InputError("/audio needs a file, for example /audio question.wav")
         name = file_name(file)
         if not name.startswith(URLS) and not os.path.isfile(name):
-            raise InputError(f"{source_name(name)}: no such file")
+            first, _, more = file.partition(" ")
+            asked = "; the question goes on a line of its own" if os.path.isfile(first) else ""
+            raise InputError(f"{source_name(name)}: no such file{asked if more else ''}")
         self.clips.append(name)
         self.show(f"{source_name(name)} goes with your next turn.\n")
 

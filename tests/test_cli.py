@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -216,7 +217,9 @@ def test_dtype_and_device(run, question):
         (["--raw", "--audio", "x.wav"], "--raw takes TEXT as the whole prompt"),
         (["--raw", "a <|AUDIO|>"], "1 placeholder <|AUDIO|> for 0 clips"),
         (["x", "--bogus"], "No such option: --bogus"),
-        (["x", "y"], "unexpected extra argument"),
+        (["x", "y"], "unexpected extra argument(s) (y) (see"),
+        (["x", "a/b.flac"], "(a/b.flac); clips go behind --audio (see qwen2audio ask --help)"),
+        (["--audio"], "(see qwen2audio ask --help)"),
         (["x", "--dtype", "int8"], "int8"),
     ],
 )
@@ -229,6 +232,45 @@ def test_bad_input_is_one_line_and_exit_code_2(run, monkeypatch, tmp_path, words
 def test_a_prompt_longer_than_the_context(run):
     message = failure(run("ask", "x" * 9000))
     assert "tokens" in message and "8192" in message
+
+
+def test_version(run):
+    assert run("--version") == (0, f"qwen2audio {version('qwen2audio')}\n", "")
+
+
+def test_an_adapter_or_another_folder_is_no_model(run, tmp_path):
+    assert "this folder holds no checkpoint" in failure(run("ask", "x", "--model", tmp_path))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    for folder in (tmp_path, tmp_path / "adapter"):
+        message = failure(run("ask", "x", "--model", folder))
+        assert f"first qwen2audio merge {tmp_path / 'adapter'} --out FOLDER" in message
+
+
+def test_a_clip_that_cannot_be_read_can_be_dropped(tmp_path, question):
+    broken = tmp_path / "broken.wav"
+    broken.write_text("no sound")
+    lines = [f"/audio {broken}", "What?", "/drop", "What?", f"/audio {question} What?", "/exit x"]
+    _, complaints, talk = talk_with(assistant.load("random"), lines, max_new_tokens=1)
+    assert len(talk.chat.messages) == 2 and not talk.clips
+    assert complaints[0].endswith(", or /drop takes the clips of this turn away")
+    assert complaints[1].endswith("no such file; the question goes on a line of its own")
+
+
+def test_a_transcript_for_one_file_is_not_put_into_a_folder(run, question, tmp_path):
+    file = tmp_path / "talk.srt"
+    message = failure(run("transcribe", question, "-o", file))
+    assert message.endswith(f"-o is a folder; for the file: -f srt > {file}")
+    assert not file.exists()
+
+
+def test_a_split_is_told_once_in_a_conversation(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(tmp_path / "long.wav", torch.randn(16000 * 40).numpy() * 0.1, 16000)
+    told = []
+    lines = [f"/audio {tmp_path / 'long.wav'}", "What?", "And?"]
+    talk_with(assistant.load("random"), lines, max_new_tokens=1, notice=told.append)
+    assert len(told) == 1 and "split into 2 pieces" in told[0]
 
 
 @pytest.mark.parametrize("words", [(), ("--help",)])

@@ -34,8 +34,10 @@ def train(
     memory: Annotated[
         bool, typer.Option("--memory", help="Count the memory this run would need, and end.")
     ] = False,
-    steps: Annotated[int | None, typer.Option(help="End after so many steps.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="End after so many minutes.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="End after so many steps.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.001, help="End after so many minutes.")
+    ] = None,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-4,
     warmup: Annotated[int, typer.Option(help="Steps until it is reached.")] = 100,
     floor: Annotated[float, typer.Option(help="Rate at the end, as a part of the highest.")] = 0.0,
