@@ -1,5 +1,6 @@
 """The tour's code runs and its claims hold; every picture that it shows is there."""
 
+import codeop
 import sys
 from pathlib import Path
 
@@ -25,6 +26,36 @@ def test_the_text_shows_the_pictures_that_are_there():
 def test_every_block_is_found():
     blocks = [code for code, _, _ in make_tour.parts(TEXT) if code]
     assert len(blocks) == TEXT.count("```python") == 12
+
+
+def refused(code: str, first: int = 1) -> list[tuple[int, str]]:
+    """Lines at which Python's prompt raises SyntaxError, if a block and an empty line are pasted.
+
+    There a compound statement goes on up to the first empty line, and no further.
+    """
+    wrong, waiting = [], ""
+    for number, line in enumerate([*code.splitlines(), ""], first):
+        waiting += line + "\n"
+        try:
+            if codeop.compile_command(waiting[:-1]) is not None:
+                waiting = ""
+        except SyntaxError:
+            wrong.append((number, line))
+            waiting = ""
+    return [*wrong, (first, "unfinished")] if waiting else wrong
+
+
+@pytest.mark.parametrize("path", [make_tour.TEXT, ROOT / "README.md"], ids=lambda path: path.name)
+def test_blocks_can_be_pasted_at_the_prompt(path):
+    blocks = [part for part in make_tour.parts(path.read_text(encoding="utf-8")) if part[0]]
+    assert blocks and [line for code, _, first in blocks for line in refused(code, first)] == []
+
+
+def test_what_cannot_be_pasted_is_found():
+    assert refused("for i in 'ab':\n    i\n\nprint(\n    1,\n)\n") == []
+    assert refused("for i in 'ab':\n    i\nprint()\n") == [(3, "print()")]
+    assert refused("def f():\n    i = 1\n\n    return i\n", 5) == [(8, "    return i")]
+    assert refused("print(\n", 7) == [(7, "unfinished")]
 
 
 def test_all_blocks_run_and_draw(tmp_path):
