@@ -153,9 +153,31 @@ def test_a_folder_of_clips_becomes_rows(run, tmp_path) -> None:
     found = [json.loads(line) for text in lines for line in text.splitlines()]
     assert sorted(row["gt"] for row in found) == ["eins", "zwei"]
     assert all(row["prompt"] == "Say: <|de|>" and row["seconds"] == 0.5 for row in found)
-    (folder / "a.txt").unlink()
-    assert "a.wav: no text beside it" in run("rows", folder, "--out", tmp_path / "data", code=2)
-    assert "no clip here" in run("rows", tmp_path / "data", "--out", tmp_path / "data", code=2)
+
+
+def test_a_folder_that_makes_no_rows_is_one_line(run, tmp_path) -> None:
+    folder = tmp_path / "clips"
+
+    def refused(place=folder) -> str:
+        said = run("rows", place, "--out", tmp_path / "data", code=2)
+        assert not (tmp_path / "data").exists()
+        return said.removeprefix(f"error: {place}: ").removesuffix("\n")
+
+    assert refused() == "no such folder"
+    (folder / "deep").mkdir(parents=True)
+    assert refused().startswith("no clip here, looked for .wav, .flac")
+    for name in ("a", "b", "c", "d", "deep/e"):
+        tone(folder / f"{name}.wav", 300, 0.5)
+    assert refused(folder / "a.wav") == "not a folder"
+    no_text = "with no .txt of the same name"
+    assert refused() == f"of 5 clips, 5 {no_text}: a.wav, b.wav, c.wav and 2 more"
+    (folder / "a.txt").write_text("eins")
+    (folder / "b.txt").write_bytes("zwölf".encode("latin-1"))
+    (folder / "deep" / "e.txt").write_text("\n")
+    assert refused() == (
+        f"of 5 clips, 1 with a text that is not UTF-8: b.txt; 2 {no_text}: c.wav, d.wav;"
+        " 1 with an empty text: deep/e.txt"
+    )
 
 
 def test_statistics_count_what_is_there(base, tmp_path) -> None:

@@ -42,6 +42,7 @@ from qwen2audio_core.errors import InputError
 from qwen2audio_core.frontend import SAMPLE_RATE, clip_lengths, log_mel, mel_edges
 from qwen2audio_core.tokenizer import Tokenizer
 from qwen2audio_core.training.losses import IGNORE
+from qwen2audio_core.weights import few
 
 PLACEHOLDER = "<audio>"  # a clip's place in a message
 TAGS = re.compile(r"<\|[^|]*\|>")
@@ -228,19 +229,35 @@ def _path(clip: str, folder: Path) -> str:
 def rows_from_folder(folder: Path, prompt: str, source: str) -> Iterator[dict[str, Any]]:
     """Rows of the official form for clips that lie beside their texts, a.wav by a.txt.
 
-    errors  InputError where a clip has no text or an empty one, or where there is no clip at all
+    errors  InputError where there is no such folder or no clip in it, and one for all the clips
+            whose text is missing, empty or not UTF-8
     """
     suffixes = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".webm", ".mp4")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     clips = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     if not clips:
         raise InputError(f"{folder}: no clip here, looked for {', '.join(suffixes)}")
+    texts: list[str] = []
+    bad: dict[str, list[str]] = {}  # what is wrong, and with which files
     for clip in clips:
+        file = clip.with_suffix(".txt")
+        text, what, named = "", "an empty text", file
         try:
-            text = clip.with_suffix(".txt").read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{clip}: no text beside it in UTF-8, {clip.stem}.txt") from error
+            text = file.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            what, named = "no .txt of the same name", clip
+        except UnicodeDecodeError:
+            what = "a text that is not UTF-8"
+        except OSError as error:
+            what = f"a text that cannot be read ({error.strerror})"
+        texts.append(text)
         if not text:
-            raise InputError(f"{clip.with_suffix('.txt')}: empty")
+            bad.setdefault(what, []).append(str(named.relative_to(folder)))
+    if bad:
+        found = "; ".join(f"{len(names)} with {what}: {few(names)}" for what, names in bad.items())
+        raise InputError(f"{folder}: of {len(clips)} clips, {found}")
+    for clip, text in zip(clips, texts, strict=True):
         yield {
             "audio": str(clip.resolve()),
             "prompt": prompt,
