@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen2audio_core import audio_files
+from qwen2audio_core import audio_files, install
 from qwen2audio_core.audio_files import BLOCK_SAMPLES, Blocks
 from qwen2audio_core.errors import AudioError
 from qwen2audio_core.frontend import MAX_SAMPLES, MAX_SECONDS, SAMPLE_RATE, clip_lengths
@@ -128,7 +128,8 @@ def _resample_torchaudio(waveform: Tensor, rate: int) -> Tensor:
     except Exception as error:  # built for another torch it raises OSError or RuntimeError
         raise AudioError(
             f"resampler='torchaudio' cannot be imported ({audio_files.one_line(error)}):"
-            " use 'soxr', or pip install 'qwen2audio[torchaudio]' in the version of this torch"
+            " use 'soxr', or install it in the version of this torch:"
+            f" {install.extra('torchaudio')}"
         ) from error
     # The sharp filter that torchaudio documents as the match of librosa's "kaiser_best".
     return resample(

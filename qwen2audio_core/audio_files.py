@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from qwen2audio_core import install
 from qwen2audio_core.errors import AudioError
 
 MAX_HOURS = 12  # of one clip; 2.8 GB as float32 at 16 kHz
@@ -341,7 +342,7 @@ def _decode_av(file: BinaryIO, name: str, why: str) -> Blocks:
     try:
         import av
     except ImportError as error:
-        need = "m4a, aac, webm and mp4 need PyAV: pip install 'qwen2audio[av]'"
+        need = f"m4a, aac, webm and mp4 need PyAV: {install.extra('av')}"
         raise AudioError(f"{name}: {why}; {need}") from error
     file.seek(0)
     heard, rate, declared = 0, 1, 0.0

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen2audio_core import chat, weights
+from qwen2audio_core import chat, install, weights
 from qwen2audio_core.assistant import find, user_turn
 from qwen2audio_core.config import Qwen2AudioConfig
 from qwen2audio_core.errors import InputError
@@ -164,7 +164,7 @@ def compare(
     except ImportError as error:
         raise InputError(
             "compare runs transformers beside this package, and it is not installed:"
-            " pip install transformers"
+            f" {install.package('transformers')}"
         ) from error
     folder = Path(folder)
     if (scheme := weights.read_scheme(folder)) is not None:

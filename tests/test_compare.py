@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from qwen2audio_core import frontend, ops, tiny
+from qwen2audio_core import frontend, install, ops, tiny
 from qwen2audio_core.compare import Report, compare, measure, run
 from qwen2audio_core.errors import InputError
 
@@ -202,5 +202,5 @@ def test_without_transformers_it_says_what_to_install(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(InputError, match="pip install transformers"):
+    with pytest.raises(InputError, match=re.escape(install.package("transformers"))):
         compare(folder, text="Hello")

@@ -16,7 +16,7 @@ import soundfile
 import torch
 import toy
 
-from qwen2audio_core import attribution, cli, probe, tiny
+from qwen2audio_core import attribution, cli, install, probe, tiny
 from qwen2audio_core.assistant import load
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.inspection import collect, report
@@ -321,6 +321,5 @@ def test_a_clip_that_is_none_and_figures_without_matplotlib(run, clip, tmp_path,
     code, out, err = run(clip, "What?", "--figures", "figures")
     assert (code, out) == (2, "")
     assert err == (
-        "error: --figures draws with matplotlib, which is not installed:"
-        " pip install 'qwen2audio[plot]'\n"
+        f"error: --figures draws with matplotlib, which is not installed: {install.extra('plot')}\n"
     )

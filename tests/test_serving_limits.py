@@ -5,6 +5,7 @@ import io
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -189,6 +190,14 @@ def test_bodies_that_are_too_large(server):
     refused(answer, 413, "larger than", "too_large")
     wait(lambda: idle(server))
     assert server.service._held == 0
+
+
+def test_a_server_without_pyav_tells_nothing_of_its_folders(server, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    clip = spoken(b"\0\0\0\x18ftypM4A " + bytes(1000))
+    answer = server.post(TURN | {"messages": [{"role": "user", "content": [clip]}]})
+    message = refused(answer, 400, code="invalid_audio")["message"]
+    assert message.endswith("webm and mp4 need PyAV, which this server does not have"), message
 
 
 def test_seconds_clips_and_tokens(server):

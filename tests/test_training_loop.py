@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 from training_rows import chat_row, checkpoint, official_rows, settings, tone, write_lines
 
-from qwen2audio_core import assistant, saving
+from qwen2audio_core import assistant, install, saving
 from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.training import checkpoint as saved
 from qwen2audio_core.training import loop, losses, parallel
@@ -207,7 +208,7 @@ def test_it_learns_and_the_result_answers(base, data, tmp_path) -> None:
 
 def test_tensorboard_has_the_curves_of_the_log(base, data, tmp_path) -> None:
     """Also of a run that went on from step 4 after it had come to step 5."""
-    reason = "needs the package tensorboard (pip install 'qwen2audio[train]')"
+    reason = "needs the package tensorboard (extra `train`)"
     pytest.importorskip("tensorboard", reason=reason)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -227,7 +228,7 @@ def test_tensorboard_has_the_curves_of_the_log(base, data, tmp_path) -> None:
 
 def test_tensorboard_that_is_missing_is_one_line(base, data, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(InputError, match=r"pip install 'qwen2audio\[train\]'"):
+    with pytest.raises(InputError, match=re.escape(install.extra("train"))):
         a_run(base, [data], tmp_path, tensorboard=True)
 
 

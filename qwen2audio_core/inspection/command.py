@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwen2audio_core import install
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.options import (
     Device,
@@ -109,8 +110,7 @@ def _check(output: str, figures: str | None, data: str | None) -> None:
             import matplotlib  # noqa: F401
         except ImportError as error:
             raise InputError(
-                "--figures draws with matplotlib, which is not installed:"
-                " pip install 'qwen2audio[plot]'"
+                f"--figures draws with matplotlib, which is not installed: {install.extra('plot')}"
             ) from error
     for name in (output, *([data] if data else [])):
         path = Path(name)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qwen2audio_core import install
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.frontend import SAMPLE_RATE, SECONDS_PER_TOKEN
 from qwen2audio_core.inspection.collect import KINDS, Inspection
@@ -32,8 +33,7 @@ def save(seen: Inspection, folder: str | Path) -> list[Path]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError(
-            "figures are drawn with matplotlib, which is not installed:"
-            " pip install 'qwen2audio[plot]'"
+            f"figures are drawn with matplotlib, which is not installed: {install.extra('plot')}"
         ) from error
     folder = Path(folder)
     known = {font.name for font in font_manager.fontManager.ttflist}

@@ -9,6 +9,7 @@ import signal
 import socket
 from typing import Any
 
+from qwen2audio_core import install
 from qwen2audio_core.assistant import Assistant
 from qwen2audio_core.engine import Engine
 from qwen2audio_core.errors import InputError
@@ -27,9 +28,7 @@ def check_installed() -> None:
         import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise InputError(
-            f"the server needs {error.name}: pip install 'qwen2audio[serve]'"
-        ) from error
+        raise InputError(f"the server needs {error.name}: {install.extra('serve')}") from error
 
 
 def bind(host: str, port: int) -> socket.socket:

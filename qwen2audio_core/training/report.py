@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qwen2audio_core import chat
+from qwen2audio_core import chat, install
 from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.generate import generate
 from qwen2audio_core.model import Qwen2Audio
@@ -128,7 +128,7 @@ def _board(out: Path, forgotten: int | None = None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise InputError(
-            "--tensorboard needs the package tensorboard: pip install 'qwen2audio[train]'"
+            f"--tensorboard needs the package tensorboard: {install.extra('train')}"
         ) from error
     return SummaryWriter(str(out / "tensorboard"), purge_step=forgotten)
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from qwen2audio_core import install
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.options import Device, Dtype, Model, NoPack, Quantize
 from qwen2audio_core.terminal import load, note
@@ -49,7 +50,7 @@ def demo(
         qwen2audio demo --model Qwen/Qwen2-Audio-7B-Instruct --open
     """
     if find_spec("gradio") is None:
-        raise InputError("the page needs Gradio: pip install 'qwen2audio[web]'")
+        raise InputError(f"the page needs Gradio: {install.extra('web')}")
     if password == "":
         raise InputError("the password is empty: give one, or leave it out")
     from qwen2audio_core.web import server
