@@ -232,6 +232,17 @@ def test_tensorboard_that_is_missing_is_one_line(base, data, tmp_path, monkeypat
         a_run(base, [data], tmp_path, tensorboard=True)
 
 
+def test_without_matplotlib_a_line_says_that_nothing_was_drawn(
+    base, data, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    loop.train(settings(base, [data], tmp_path / "run", steps=1))
+    lines = capsys.readouterr().err.splitlines()
+    file = tmp_path / "run" / "loss.png"
+    wanted = f"{file} was not drawn, that needs matplotlib: {install.extra('train')}"
+    assert lines.count(wanted) == 1 and not file.exists(), lines
+
+
 def test_the_rate_rises_and_falls(base, data, tmp_path) -> None:
     run = a_run(base, [data], tmp_path, lr=1.0, warmup=10, floor=0.1)
     rates = []

@@ -118,8 +118,9 @@ class Report:
     def finish(self) -> None:
         if self._board is not None:
             self._board.close()
-        if not self.quiet:
-            plot(self.out)
+        if not self.quiet and plot(self.out) is None:
+            file = self.out / "loss.png"
+            self.note(f"{file} was not drawn, that needs matplotlib: {install.extra('train')}")
 
 
 def _board(out: Path, forgotten: int | None = None) -> Any:
@@ -134,7 +135,7 @@ def _board(out: Path, forgotten: int | None = None) -> Any:
 
 
 def plot(out: Path) -> Path | None:
-    """Draw the losses of out/log.jsonl to out/loss.png, where matplotlib is installed."""
+    """Draw the losses of out/log.jsonl to out/loss.png; None where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
