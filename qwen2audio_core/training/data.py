@@ -244,7 +244,7 @@ def rows_from_folder(folder: Path, prompt: str, source: str) -> Iterator[dict[st
         file = clip.with_suffix(".txt")
         text, what, named = "", "an empty text", file
         try:
-            text = file.read_text(encoding="utf-8").strip()
+            text = file.read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
             what, named = "no .txt of the same name", clip
         except UnicodeDecodeError:
