@@ -85,3 +85,18 @@ def test_transformers_loads_it_and_writes_the_same(assistant: Assistant) -> None
     )
     assert theirs == [reply.text for reply in ours]
     assert all(theirs) and len(set(theirs)) == len(theirs)  # it has something to say to each
+
+
+def test_turns_about_several_clips(assistant: Assistant) -> None:
+    """Each answer is about its own turn's clip, whatever came before."""
+    turns = [
+        ("it_sea", "What does the person say?", "Domani andiamo al mare."),
+        ("sound_bell", "What is that sound?", "A bell is ringing."),
+        ("en_capital", None, "Paris."),
+        ("fr_book", "Which language is this?", "French."),
+    ]
+    for order in (turns, turns[::-1]):
+        talk = assistant.chat()
+        for clip, question, answer in order:
+            reply = talk.say(question, CLIPS / f"{clip}.flac", greedy=True, max_new_tokens=24)
+            assert reply.text == answer, clip
