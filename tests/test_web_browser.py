@@ -115,6 +115,8 @@ class Visit:
         box = self.at("tokens").locator("input[type=number]")
         box.fill(str(tokens))
         box.press("Enter")
+        slider = self.at("tokens").locator("input[type=range]")
+        until(lambda: slider.input_value() == str(tokens))
 
     def answered(self, count: int) -> str:
         """Wait until so many answers are there and the last is over. What it says."""
