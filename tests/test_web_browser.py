@@ -113,10 +113,14 @@ class Visit:
         """Settings that keep answers short."""
         self.page.get_by_text("Settings").click()
         box = self.at("tokens").locator("input[type=number]")
-        box.fill(str(tokens))
-        box.press("Enter")
         slider = self.at("tokens").locator("input[type=range]")
-        until(lambda: slider.input_value() == str(tokens))
+
+        def arrived() -> bool:  # a page that has just opened may put its own number back
+            box.fill(str(tokens))
+            box.press("Enter")
+            return slider.input_value() == str(tokens)
+
+        until(arrived)
 
     def answered(self, count: int) -> str:
         """Wait until so many answers are there and the last is over. What it says."""
