@@ -386,14 +386,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--leak-mb", type=float, default=24.0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here too")
     options = parser.parse_args(argv)
+    for name in ("clients", "alone", "warm", "requests"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}: at least 1")
     if options.url is None:
         with started(options) as url:
             report = run(url, options)
     elif urlsplit(options.url).hostname not in LOOPBACK:
         parser.error("--url must be of this machine")
-    for name in ("clients", "alone", "warm", "requests"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}: at least 1")
     else:
         report = run(options.url.rstrip("/"), options)
     show(report)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import mmap
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,26 @@ def test_a_file_left_open(try_load, monkeypatch):
     assert code == 1 and report["errors"] == []
     (leak,) = report["leaks"]
     assert leak.startswith("open files grew from")
+
+
+@pytest.mark.parametrize("name", ["clients", "alone", "warm", "requests"])
+def test_a_number_that_is_none_is_told_before_any_load(load_test, monkeypatch, capsys, name):
+    monkeypatch.setattr(load_test, "started", lambda options: pytest.fail("a server was started"))
+    with pytest.raises(SystemExit) as stop:
+        load_test.main([f"--{name}=0"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: --{name} is 0: at least 1\n")
+
+
+def test_a_server_of_its_own_is_driven_once(load_test, monkeypatch):
+    driven = []
+    report = {"errors": [], "leaks": []}
+    monkeypatch.setattr(load_test, "started", lambda options: nullcontext("http://127.0.0.1:1"))
+    monkeypatch.setattr(load_test, "run", lambda url, options: driven.append(url) or report)
+    monkeypatch.setattr(load_test, "show", lambda report: None)
+    assert load_test.main([]) == 0
+    assert load_test.main(["--url", "http://127.0.0.1:2/"]) == 0
+    assert driven == ["http://127.0.0.1:1", "http://127.0.0.1:2"]
 
 
 def test_what_is_busy_when_all_is_answered(load_test):
