@@ -60,7 +60,7 @@ def find(
     if not os.path.isdir(folder):
         if os.path.exists(folder):
             raise CheckpointError(f"{text}: this is a file; give the folder that holds config.json")
-        if isinstance(model, Path) or not _HUB_ID.fullmatch(text):
+        if not is_id(model):
             raise CheckpointError(
                 f"{text}: no such folder, and not a hub id such as Qwen/Qwen2-Audio-7B-Instruct"
             )
@@ -78,6 +78,13 @@ def find(
     if weights:
         weight_files(folder)
     return folder
+
+
+def is_id(model: str | Path) -> bool:
+    """Whether `find` looks for it on the hub, and not on this machine."""
+    if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
+        return False
+    return not os.path.exists(os.path.expanduser(model))
 
 
 def complete(folder: Path) -> bool:

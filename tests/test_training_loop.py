@@ -232,6 +232,18 @@ def test_tensorboard_that_is_missing_is_one_line(base, data, tmp_path, monkeypat
         a_run(base, [data], tmp_path, tensorboard=True)
 
 
+def test_a_model_that_is_downloaded_is_named_before(data, tmp_path, monkeypatch, capsys) -> None:
+    def find(model):
+        raise CheckpointError(capsys.readouterr().err)
+
+    monkeypatch.setattr(assistant, "find", find)
+    for model, said in (("some/model", "training begins with some/model\n"), ("/none", "")):
+        out = tmp_path / "run"
+        with pytest.raises(CheckpointError) as told:
+            loop.train(settings(model, [data], out, tensorboard=True))
+        assert str(told.value) == said and not out.exists()
+
+
 def test_without_matplotlib_a_line_says_that_nothing_was_drawn(
     base, data, tmp_path, monkeypatch, capsys
 ) -> None:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
-from qwen2audio_core import assistant, linear, ops, saving, weights
+from qwen2audio_core import assistant, hub, linear, ops, saving, weights
 from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.model import Qwen2Audio, splice
+from qwen2audio_core.terminal import note
 from qwen2audio_core.tokenizer import Tokenizer
 from qwen2audio_core.training import checkpoint, lora, losses, parallel, report
 from qwen2audio_core.training.data import Augment, Batch, Example, Loader, Rows, Sounds, plan
@@ -351,10 +352,10 @@ class Run:
         if self.progress.alphabet is None:
             common = rows.characters.most_common(4000)
             self.progress.alphabet = "".join(sorted(character for character, _ in common))
+        if not done and group.first and hub.is_id(settings.model):
+            note(f"training begins with {settings.model}")  # before a download of it
         self.folder = assistant.find(settings.model)
         self.report = report.Report(self.out, settings.tensorboard, quiet=not group.first)
-        if not done:
-            self.report.note(f"training begins with {settings.model}")
         self.tokenizer = Tokenizer.from_folder(self.folder)
         model = _load(self.folder, settings, group)
         self.config = model.config

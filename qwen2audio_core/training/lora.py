@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from qwen2audio_core import saving
+from qwen2audio_core import hub, saving
 from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.linear import Linear
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.weights import few, published_name
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = hub.ADAPTER, "adapter_model.safetensors"
 LANGUAGE_MODEL = ("language_model.model.layers.*_proj",)  # all its layers but the head
 _PREFIX = "base_model.model."  # PEFT's wrapper around the model
 
