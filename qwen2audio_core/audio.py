@@ -117,7 +117,8 @@ def _soxr_stream(rate: int) -> Any:
     try:
         import soxr
     except ImportError as error:
-        raise AudioError(f"resampling from {rate} Hz needs soxr: pip install soxr") from error
+        what = f"resampling from {rate} Hz needs soxr"
+        raise AudioError(what, install.package("soxr")) from error
     # Fed block by block it gives the same bits as soxr.resample of the whole.
     return soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
 
@@ -128,8 +129,8 @@ def _resample_torchaudio(waveform: Tensor, rate: int) -> Tensor:
     except Exception as error:  # built for another torch it raises OSError or RuntimeError
         raise AudioError(
             f"resampler='torchaudio' cannot be imported ({audio_files.one_line(error)}):"
-            " use 'soxr', or install it in the version of this torch:"
-            f" {install.extra('torchaudio')}"
+            " use 'soxr', or install it in the version of this torch",
+            install.extra("torchaudio"),
         ) from error
     # The sharp filter that torchaudio documents as the match of librosa's "kaiser_best".
     return resample(

@@ -228,7 +228,8 @@ def decode(file: BinaryIO, name: str) -> Blocks:
     try:
         import soundfile
     except ImportError as error:
-        raise AudioError(f"{name}: reading files needs soundfile: pip install soundfile") from error
+        what = f"{name}: reading files needs soundfile"
+        raise AudioError(what, install.package("soundfile")) from error
     try:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -342,8 +343,8 @@ def _decode_av(file: BinaryIO, name: str, why: str) -> Blocks:
     try:
         import av
     except ImportError as error:
-        need = f"m4a, aac, webm and mp4 need PyAV: {install.extra('av')}"
-        raise AudioError(f"{name}: {why}; {need}") from error
+        what = f"{name}: {why}; m4a, aac, webm and mp4 need PyAV"
+        raise AudioError(what, install.extra("av")) from error
     file.seek(0)
     heard, rate, declared = 0, 1, 0.0
     try:

@@ -6,7 +6,16 @@ class InputError(ValueError):
 
 
 class AudioError(InputError):
-    """A clip that cannot be read, or that holds nothing the model could hear."""
+    """A clip that cannot be read, or that holds nothing the model could hear.
+
+    what     the line
+    command  installs what is missing, told behind it to whoever runs this program. It names folders
+             and is no help to who sent a clip to a server: `remote` is the line for those
+    """
+
+    def __init__(self, what: str, command: str = ""):
+        super().__init__(f"{what}: {command}" if command else what)
+        self.remote = f"{what}, which this server does not have" if command else what
 
 
 class CheckpointError(InputError):

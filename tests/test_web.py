@@ -1010,6 +1010,14 @@ def test_mistakes_of_the_command(monkeypatch, capsys):
     assert run(monkeypatch, capsys, "--share", "maybe")[0] == 2
 
 
+def test_an_upload_without_pyav_tells_nothing_of_our_folders(page, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "clip.m4a").write_bytes(b"\0\0\0\x18ftypM4A " + bytes(1000))
+    with pytest.raises(AudioError) as told:
+        page.add(tmp_path / "clip.m4a")
+    assert str(told.value).endswith("webm and mp4 need PyAV, which this server does not have")
+
+
 def test_without_gradio(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     code, err = run(monkeypatch, capsys)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qwen2audio_core import audio, install
+from qwen2audio_core import audio
 from qwen2audio_core.audio_files import source_name
 from qwen2audio_core.errors import AudioError
 from qwen2audio_core.frontend import SAMPLE_RATE
@@ -76,9 +76,7 @@ def waveform(source: Any, where: str, policy: Policy, seconds: float, name: str 
 
 
 def _unheard(where: str, error: AudioError) -> ApiError:
-    line = str(error) if str(error).startswith(where) else f"{where}: {error}"
-    # How to install PyAV names our folders, and is no help to who sent the clip.
-    line = line.replace(f": {install.extra('av')}", ", which this server does not have")
+    line = error.remote if error.remote.startswith(where) else f"{where}: {error.remote}"
     return ApiError(400, line, param=where, code="invalid_audio")
 
 

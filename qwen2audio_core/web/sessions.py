@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qwen2audio_core import audio, install
+from qwen2audio_core import audio
 from qwen2audio_core.assistant import Assistant, Message, Reply, change, user_turn
 from qwen2audio_core.errors import AudioError, InputError
 from qwen2audio_core.frontend import SAMPLE_RATE, clip_lengths
@@ -118,8 +118,8 @@ class Session:
                 raise AudioError(self.words["too large"].format(self.limits.upload_bytes >> 20))
         try:
             whole = audio.load(Path(file), name=name, max_seconds=max(room, 0.0))
-        except AudioError as error:  # the command names folders, and who uploads may be elsewhere
-            raise AudioError(str(error).replace(install.extra("av"), "the extra `av`")) from error
+        except AudioError as error:
+            raise AudioError(error.remote) from error
         notices: list[str] = []
         pieces = audio.split(whole, name=name, notice=notices.append)
         with self._lock:
