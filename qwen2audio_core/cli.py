@@ -19,6 +19,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from qwen2audio_core import __version__
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.inspection.command import inspect
 from qwen2audio_core.options import (
@@ -68,9 +69,7 @@ CLIP_SUFFIXES = (
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        print(f"qwen2audio {version('qwen2audio')}")
+        print(f"qwen2audio {__version__}")
         raise typer.Exit()
 
 

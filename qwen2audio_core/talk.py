@@ -139,9 +139,9 @@ class Talk:
             raise InputError("/audio needs a file, for example /audio question.wav")
         name = file_name(file)
         if not name.startswith(URLS) and not os.path.isfile(name):
-            first, _, more = file.partition(" ")
-            asked = "; the question goes on a line of its own" if os.path.isfile(first) else ""
-            raise InputError(f"{source_name(name)}: no such file{asked if more else ''}")
+            asked = " " in file and os.path.isfile(file.split(" ")[0])
+            hint = "; the question goes on a line of its own" if asked else ""
+            raise InputError(f"{source_name(name)}: no such file{hint}")
         self.clips.append(name)
         self.show(f"{source_name(name)} goes with your next turn.\n")
 

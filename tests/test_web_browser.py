@@ -362,7 +362,7 @@ def test_a_phone_in_the_dark(visit):
 
 
 def test_the_small_model_gives_the_right_words(chromium):
-    """A language named, and the second turn about the first one's clip."""
+    """A language named, the second turn about the first one's clip, then another clip."""
     with server.serving(assistant.load("tiny")) as (address,):
         one = Visit(chromium, address)
         for count, (clip, question, answer) in enumerate(
@@ -373,6 +373,7 @@ def test_the_small_model_gives_the_right_words(chromium):
                     "What does the person say?",
                     "The train to London leaves at seven in the morning.",
                 ),
+                (BELL, "What is that sound?", "A bell is ringing."),
             ),
             start=1,
         ):

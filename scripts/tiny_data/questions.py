@@ -273,9 +273,8 @@ def _foreign_sums(language: str, test: bool) -> tuple[Question, ...]:
     for wording in SUMS[language]:
         for a in range(1, 6):
             for b in range(1, 6):
-                filled = wording.format(a=number(language, a), b=number(language, b))
-                text, spoken = texts.read(language, filled)
                 numbers = {x: number(language, n) for x, n in (("a", a), ("b", b), ("c", a + b))}
+                text, spoken = texts.read(language, wording.format(**numbers))
                 result, _ = texts.read(language, RESULTS[language].format(**numbers))
                 asked = Sentence(language, text, spoken)
                 question = Question(asked, _capital(result), "arithmetic")

@@ -126,7 +126,7 @@ class Voice:
     @property
     def number(self) -> int | None:
         """Of a voice of training's own drawing, else None."""
-        return int(self.variant[6:]) if self.variant.startswith("drawn ") else None
+        return _number(self.variant)
 
     @property
     def key(self) -> list[str]:
@@ -156,6 +156,11 @@ def voices(language: str, split: str) -> list[Voice]:
         for engine, name, gender in OTHERS[split].get(language, ())
     ]
     return found
+
+
+def _number(variant: str) -> int | None:
+    """Of a variant that `drawn` names, else None."""
+    return int(variant.removeprefix("drawn ")) if variant.startswith("drawn ") else None
 
 
 def drawn(language: str, name: str, number: int) -> Voice:
@@ -223,9 +228,9 @@ def settings(number: int) -> str:
 @lru_cache
 def voice(engine: str, name: str, variant: str) -> Voice:
     """The voice that a clip description names by [engine, name, variant]."""
-    if variant.startswith("drawn "):
+    if (number := _number(variant)) is not None:
         language = next(tag for tag, names in LANGUAGES.items() if name in names)
-        return drawn(language, name, int(variant.removeprefix("drawn ")))
+        return drawn(language, name, number)
     for language in LANGUAGES:
         for split in VARIANTS:
             for known in voices(language, split):
