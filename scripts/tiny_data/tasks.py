@@ -782,14 +782,14 @@ PRETRAIN: dict[Task, float] = {
     language: 8,
     _into_english: 10,
     _into_mandarin: 10,
-    sound: 12,
-    gender: 4,
+    sound: 8,
+    gender: 8,
     manner: 6,
 }
 SFT: dict[Task, float] = {
     voice_chat: 60,
     analysis: 17,
-    several: 14,
+    several: 24,
     talk: 10,
     written: 10,
     silence: 5,
