@@ -377,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prefix-mb", type=int, default=16, help="of a server started here")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument(
-        "--warm", type=int, default=1000, help="requests before memory is looked at"
+        "--warm", type=int, default=2000, help="requests before memory is looked at"
     )
     parser.add_argument("--requests", type=int, default=2000, help="that must not leak")
     parser.add_argument("--alone", type=int, default=64, help="requests of the first phase")
