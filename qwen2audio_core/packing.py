@@ -161,7 +161,7 @@ def projection(
         alone = Alone(whole, deterministic, sizes)
         if kernel is None or not whole.for_kernel:
             return alone
-        return Kernel(alone, kernel, whole.qweight, whole.bias, whole.scales, deterministic)
+        return Kernel(alone, kernel, whole.codes, whole.bias, whole.scales, deterministic)
     if len(layers) == 1:
         return Alone(linear[0], deterministic)
     return Separate([projection(one, kernel=kernel, deterministic=deterministic) for one in layers])

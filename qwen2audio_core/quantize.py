@@ -20,7 +20,9 @@ and used as it is. Other CPUs and GPUs have the int4 codes rearranged once, when
 
 A few rows go through a kernel that reads the codes: Triton's on a GPU, PyTorch's on a CPU. Of
 PyTorch's only the one for bfloat16 is fast, so on a CPU a few rows of any x are rounded to bfloat16
-and so is their y, which adds a quarter of int8's own error and less than a fortieth of int4's.
+and so is their y, which adds a quarter of int8's own error and less than a fortieth of int4's. Not
+so int8 where the CPU multiplies bytes (AVX-512 VNNI, AMX): there x becomes two bytes a number, and
+the sums are exact; see `QuantizedLinear._in_integers`.
 Everything else (the many rows of a prompt, float64, gradients) widens the weights a piece at a
 time, each rounded once to the dtype of x, and multiplies as an unquantised layer does.
 """
@@ -229,9 +231,14 @@ class QuantizedLinear(nn.Module):
                 return self._on_triton(x)
             if x.device.type == "cpu" and (self.bits == 8 or self.form == _cpu_block()):
                 return self._on_cpu(x)
-        pieces = _pieces(self.out_features, self.in_features, x.device)
-        y = torch.cat([F.linear(x, self.widened(x.dtype, *piece)) for piece in pieces], -1)
+        pieces, codes = _pieces(self.out_features, self.in_features, x.device), self.codes
+        y = torch.cat([F.linear(x, self._widened(codes, x.dtype, *piece)) for piece in pieces], -1)
         return y if self.bias is None else y + self.bias
+
+    @property
+    def codes(self) -> Tensor:
+        """qweight in its own order of numbers, even where oneDNN holds it in another."""
+        return self.qweight.to_dense().T if self.qweight.is_mkldnn else self.qweight
 
     @property
     def for_kernel(self) -> bool:
@@ -239,6 +246,8 @@ class QuantizedLinear(nn.Module):
         return self.bits == 8 or self.form == ROWS
 
     def _on_cpu(self, x: Tensor) -> Tensor:
+        if _in_own_order(self):
+            return self._in_integers(x)
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
         if self.bits == 8:
             y = torch.ops.aten._weight_int8pack_mm(rows, self.qweight, self.scales)
@@ -250,9 +259,38 @@ class QuantizedLinear(nn.Module):
         y = y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
+    def _in_integers(self, x: Tensor) -> Tensor:
+        """y = x w^T + bias in products of bytes, which the CPU adds up in 32 bits without rounding.
+
+        A row of x is unit * (128 high + low), two rows of bytes: 15 bits a number, more than
+        bfloat16's 8. oneDNN takes the bytes of x unsigned, so 128 is added and taken off again.
+        Twice the rows cost nothing while reading the codes takes the time. A row's result is the
+        same alone and among others.
+
+        The first call puts the codes into oneDNN's order, which takes the place of the old one.
+        """
+        codes = self.qweight
+        if not codes.is_mkldnn:
+            self.qweight = codes = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+        rows = x.reshape(-1, self.in_features).float()
+        largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True)
+        unit = largest.clamp_min_(1e-30).mul_(1 / (127 * 128))
+        low = rows.div(unit).round_()
+        high = low.mul(1 / 128).round_()
+        low.sub_(high, alpha=128)
+        y = torch.ops.onednn.qlinear_pointwise(
+            torch.cat((high, low)).add_(128).to(torch.uint8), 1.0, 128,
+            codes, self.scales.float(), _zeros(self.out_features), None,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        high, low = y.chunk(2)
+        y = low.add_(high, alpha=128).mul_(unit).to(x.dtype)
+        y = y.reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
     def _on_triton(self, x: Tensor) -> Tensor:
         y: Tensor = _kernels().linear(
-            x, self.qweight, self.bias, self.scales, deterministic=self.deterministic
+            x, self.codes, self.bias, self.scales, deterministic=self.deterministic
         )
         return y
 
@@ -264,12 +302,15 @@ class QuantizedLinear(nn.Module):
         `start` is a multiple of 64. Each weight is rounded once, to `dtype`.
         """
         stop = self.out_features if stop is None else stop
+        return self._widened(self.codes, dtype, start, stop)
+
+    def _widened(self, qweight: Tensor, dtype: torch.dtype, start: int, stop: int) -> Tensor:
         if self.bits == 8:
-            return self.qweight[start:stop].to(dtype) * self.scales[start:stop, None].to(dtype)
+            return qweight[start:stop].to(dtype) * self.scales[start:stop, None].to(dtype)
         if self.form == ROWS:
-            packed = self.qweight[start:stop]
+            packed = qweight[start:stop]
         else:
-            packed = self.qweight[start // self.form : math.ceil(stop / self.form)]
+            packed = qweight[start // self.form : math.ceil(stop / self.form)]
         codes = _unpack(packed, self.form)[: stop - start].T.to(dtype)  # (K, rows)
         scale, zero = self.scales[:, None, start:stop].to(dtype).unbind(-1)  # (K/group, 1, rows)
         grouped = (codes - 8).unflatten(0, (-1, self.group))
@@ -278,7 +319,7 @@ class QuantizedLinear(nn.Module):
     def stored(self) -> tuple[Tensor, Tensor]:
         """qweight and scales as stored, whatever form they have here."""
         if self.bits == 8 or self.form == BLOCK:
-            return self.qweight, self.scales
+            return self.codes, self.scales
         rest = -self.out_features % BLOCK
         codes = F.pad(_unpack(self.qweight, self.form)[: self.out_features], (0, 0, 0, rest))
         return _pack(codes, BLOCK), F.pad(self.scales[:, : self.out_features], (0, 0, 0, rest))
@@ -316,6 +357,14 @@ class QuantizedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.settle()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedLinear":
+        # What oneDNN has put in its order cannot be copied.
+        qweight, scales = (part.clone() for part in self.stored())
+        bias = None if self.bias is None else self.bias.clone()
+        twin = type(self)(qweight, scales, bias, self.out_features)
+        twin.deterministic = self.deterministic
+        return twin.train(self.training)
+
     def extra_repr(self) -> str:
         grouped = f", group={self.group}" if self.bits == 4 else ""
         return f"{self.in_features}, {self.out_features}, bits={self.bits}{grouped}"
@@ -333,6 +382,8 @@ def join(layers: Sequence[QuantizedLinear]) -> None:
         == (first.bits, first.group, first.form, first.in_features)
         for part in layers
     )
+    if _in_own_order(first):
+        return
     by_rows = first.bits == 8 or first.form == ROWS
     whole_blocks = by_rows or not any(part.out_features % BLOCK for part in layers[:-1])
     if not alike or not whole_blocks or joint(layers) is not None:
@@ -357,6 +408,8 @@ def joint(layers: Sequence[QuantizedLinear]) -> QuantizedLinear | None:
     first, sizes = layers[0], [part.out_features for part in layers]
     if len(layers) == 1:
         return first
+    if _in_own_order(first):
+        return None
     qweight = side_by_side([part.qweight for part in layers])
     scales = side_by_side([part.scales for part in layers], 0 if first.bits == 8 else 1)
     biases = [part.bias for part in layers]
@@ -599,6 +652,25 @@ def _unpack(packed: Tensor, form: int) -> Tensor:
         return torch.stack((pairs & 15, pairs >> 4), 2).flatten(1)
     pairs = packed.transpose(0, 1)  # (K, N/form, form/2)
     return torch.stack((pairs & 15, pairs >> 4), 2).flatten(1).T
+
+
+@cache
+def _multiplies_bytes() -> bool:
+    """Whether this CPU has products of bytes for oneDNN, which else does them in a slow loop."""
+    return hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.cpu._is_vnni_supported()
+
+
+@cache
+def _zeros(count: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(count, dtype=torch.int32)
+
+
+def _in_own_order(layer: QuantizedLinear) -> bool:
+    """Whether a layer's codes are, or will be, in oneDNN's order, where none lie side by side."""
+    short = layer.in_features <= 2**16  # sums of 255 * 127 must fit into 31 bits
+    on_cpu = layer.qweight.device.type == "cpu"
+    return layer.bits == 8 and short and on_cpu and _multiplies_bytes()
 
 
 @cache

@@ -129,8 +129,9 @@ def test_side_by_side_sees_order_gaps_and_kinds():
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_groups_are_one_product_too(model, bits, tmp_path):
+def test_quantised_groups_are_one_product_too(model, bits, tmp_path, monkeypatch):
     """Codes lie side by side; every layer, the state and a saved model are what they were."""
+    monkeypatch.setattr(quantize, "_multiplies_bytes", lambda: False)
     quantize.quantize(model, bits)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ids = torch.arange(10)[None]
@@ -159,7 +160,28 @@ def test_quantised_groups_are_one_product_too(model, bits, tmp_path):
     assert [tensor.data_ptr() for tensor in model.state_dict().values()] == places
 
 
-def test_quantised_groups_come_apart_and_together_again(model):
+@pytest.mark.skipif(not quantize._multiplies_bytes(), reason="needs a CPU with AVX-512 VNNI or AMX")
+def test_codes_in_an_order_of_their_own_stay_apart(model, tmp_path):
+    quantize.quantize(model, 8)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        logits = model(ids)
+        pack(model)
+        assert torch.equal(model(ids), logits)
+    x = torch.randn(2, 64)
+    for group in groups(model):
+        if isinstance(group[0], quantize.QuantizedLinear):
+            apart = projection(*group)
+            assert isinstance(apart, Separate)
+            assert all(map(torch.equal, apart.split(x), [layer(x) for layer in group]))
+    save_model(model, tmp_path / "saved")
+    again = load_model(tmp_path / "saved").state_dict()
+    assert all(torch.equal(again[name], before[name]) for name in before)
+
+
+def test_quantised_groups_come_apart_and_together_again(model, monkeypatch):
+    monkeypatch.setattr(quantize, "_multiplies_bytes", lambda: False)
     quantize.quantize(model, 8)
     pack(model)
     attention = model.language_model.model.layers[0].self_attn

@@ -4,6 +4,7 @@ Bounds are closed forms: half a step for a weight, units of rounding for a produ
 """
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -137,6 +138,69 @@ def test_product(bits, rows, bias, dtype) -> None:
     if few and quantize._cpu_block():  # rounding x itself shows that it was a kernel that ran
         widened = F.linear(x, layer.widened(dtype), b)
         assert not torch.equal(layer(x), widened) or dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_product_where_no_bytes_are_multiplied(dtype, monkeypatch) -> None:
+    monkeypatch.setattr(quantize, "_multiplies_bytes", lambda: False)
+    test_product(8, 5, True, dtype)
+
+
+bytes_are_multiplied = pytest.mark.skipif(
+    not quantize._multiplies_bytes(), reason="needs a CPU with AVX-512 VNNI or AMX"
+)
+
+
+@bytes_are_multiplied
+@pytest.mark.parametrize("kind", ["normal", "outliers"])
+def test_x_in_two_bytes_is_nearly_exact(kind) -> None:
+    """No number of x moves by more than half of its row's 1/16256; its first byte alone would."""
+    layer = QuantizedLinear.from_weight(weight(kind, 200, 384))
+    x = torch.randn(5, 384, generator=torch.Generator().manual_seed(1))
+    x[:, ::50] *= 30
+    x[3] = 0
+    w = layer.widened(torch.float64)
+    unit = x.double().abs().amax(-1, keepdim=True) / (127 * 128)
+    limit = unit / 2 * w.abs().sum(-1) + 8 * U32 * (x.double().abs() @ w.abs().T)
+    exact = x.double() @ w.T
+    assert ((layer(x).double() - exact).abs() <= limit).all()
+    assert layer(x)[3].eq(0).all()
+    coarse = (x.double() / unit / 128).round() * unit * 128
+    assert ((coarse @ w.T - exact).abs() > limit).any()
+
+
+@bytes_are_multiplied
+def test_the_codes_are_held_once_and_stay_what_they_were() -> None:
+    layer = QuantizedLinear.from_weight(weight("normal", 70, 96), torch.randn(70))
+    x = torch.randn(3, 96)
+    before, widened = {k: v.clone() for k, v in layer.state_dict().items()}, layer.widened()
+    y = layer(x)
+    assert layer.qweight.is_mkldnn and "qweight" in dict(layer.named_buffers())
+    assert torch.equal(layer.widened(), widened)
+    assert torch.equal(layer.widened(torch.float32, 64, 70), widened[64:])
+    twin = copy.deepcopy(layer)
+    for one in (layer, twin):
+        after = one.state_dict()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(twin(x), y)
+    assert not layer.double().qweight.is_mkldnn
+    assert not torch.equal(layer(x.double()).float(), y)  # the widened weights, nothing rounded
+    assert torch.equal(layer.float()(x), y)  # and puts them in order again
+    other = QuantizedLinear.from_weight(weight("shifted", 70, 96), torch.randn(70))
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), other(x)) and not torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("bytes_", [pytest.param(True, marks=bytes_are_multiplied), False])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_number_that_is_none_spoils_its_row_alone(wrong, bytes_, monkeypatch) -> None:
+    monkeypatch.setattr(quantize, "_multiplies_bytes", lambda: bytes_)
+    layer = QuantizedLinear.from_weight(weight("normal", 70, 96))
+    x = torch.randn(3, 96)
+    y = layer(x)
+    x[1, 7] = wrong
+    assert not layer(x)[1].isfinite().any()
+    assert torch.equal(layer(x)[::2], y[::2])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
