@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=1500, help="of text, default 1500")
     parser.add_argument("--width", type=int, default=256, help="of both towers, default 256")
     parser.add_argument("--encoder-layers", type=int, default=5, help="default 5")
-    parser.add_argument("--decoder-layers", type=int, default=4, help="default 4")
+    parser.add_argument("--decoder-layers", type=int, default=5, help="default 5")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     args = parser.parse_args(argv)

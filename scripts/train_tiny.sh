@@ -44,8 +44,7 @@ evaluate() {
 
 say "data: $data"
 "$python" "$root/scripts/make_tiny_data.py" --out "$data" --part "$part"
-[ -d "$out/begin" ] || "$python" "$root/scripts/make_tiny_model.py" "$data/texts.txt" "$out/begin" \
-    --encoder-layers 4 --decoder-layers 3
+[ -d "$out/begin" ] || "$python" "$root/scripts/make_tiny_model.py" "$data/texts.txt" "$out/begin"
 
 # An encoder that hears nothing yet gives the decoder nothing to learn from: it is first told which
 # sound of speech is in each frame, alone, then beside the texts; and half of the heads of the upper
