@@ -16,13 +16,15 @@ state_dict() shows them, N outputs and K inputs are
     .scales   bfloat16 (N,) or (K/group, 64 ceil(N/64), 2), the scale and the zero
 
 which is what PyTorch's kernel reads on a CPU with AVX-512: a folder of codes is mapped into memory
-and used as it is. Other CPUs and GPUs have the int4 codes rearranged once, when they arrive there.
+and used as it is. Other CPUs and GPUs have the int4 codes rearranged once, when they arrive there,
+and a CPU that multiplies bytes (AVX-512 VNNI, AMX) the int8 codes at a layer's first call: about
+5 seconds of one core for a billion of them, which are then held in memory instead of the file's.
 
 A few rows go through a kernel that reads the codes: Triton's on a GPU, PyTorch's on a CPU. Of
 PyTorch's only the one for bfloat16 is fast, so on a CPU a few rows of any x are rounded to bfloat16
 and so is their y, which adds a quarter of int8's own error and less than a fortieth of int4's. Not
-so int8 where the CPU multiplies bytes (AVX-512 VNNI, AMX): there x becomes two bytes a number, and
-the sums are exact; see `QuantizedLinear._in_integers`.
+so int8 where the CPU multiplies bytes: x becomes two bytes a number there, which is nearer to it,
+and many rows of bfloat16 and float16 go that way too; see `QuantizedLinear._in_integers`.
 Everything else (the many rows of a prompt, float64, gradients) widens the weights a piece at a
 time, each rounded once to the dtype of x, and multiplies as an unquantised layer does.
 """
@@ -225,6 +227,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         few = self.deterministic or x.numel() <= FEW * self.in_features
+        few = few or (_in_own_order(self) and x.dtype != torch.float32)
         gradient = torch.is_grad_enabled() and x.requires_grad
         if few and not gradient and x.dtype != torch.float64:
             if self.for_kernel and (self.form == ROWS or _triton(x.device)):
@@ -238,7 +241,8 @@ class QuantizedLinear(nn.Module):
     @property
     def codes(self) -> Tensor:
         """qweight in its own order of numbers, even where oneDNN holds it in another."""
-        return self.qweight.to_dense().T if self.qweight.is_mkldnn else self.qweight
+        codes = self.qweight  # once: another thread's first call may replace it
+        return codes.to_dense().T if codes.is_mkldnn else codes
 
     @property
     def for_kernel(self) -> bool:
@@ -278,14 +282,17 @@ class QuantizedLinear(nn.Module):
         low = rows.div(unit).round_()
         high = low.mul(1 / 128).round_()
         low.sub_(high, alpha=128)
-        y = torch.ops.onednn.qlinear_pointwise(
-            torch.cat((high, low)).add_(128).to(torch.uint8), 1.0, 128,
-            codes, self.scales.float(), _zeros(self.out_features), None,
-            1.0, 0, torch.float32, "none", [], "",
-        )  # fmt: skip
-        high, low = y.chunk(2)
-        y = low.add_(high, alpha=128).mul_(unit).to(x.dtype)
-        y = y.reshape(*x.shape[:-1], self.out_features)
+        scales = self.scales.float()
+        most = max(16, 8 * PIECE // self.out_features)  # of which y has two rows in float32 each
+        pieces = []
+        for parts in zip(high.split(most), low.split(most), unit.split(most), strict=True):
+            both = torch.cat(parts[:2]).add_(128).to(torch.uint8)
+            y = _multiply_bytes(both, codes, scales)
+            coarse, fine = y.chunk(2)
+            pieces.append(fine.add_(coarse, alpha=128).mul_(parts[2]).to(x.dtype))
+        y = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(
+            *x.shape[:-1], self.out_features
+        )
         return y if self.bias is None else y + self.bias
 
     def _on_triton(self, x: Tensor) -> Tensor:
@@ -319,7 +326,7 @@ class QuantizedLinear(nn.Module):
     def stored(self) -> tuple[Tensor, Tensor]:
         """qweight and scales as stored, whatever form they have here."""
         if self.bits == 8 or self.form == BLOCK:
-            return self.codes, self.scales
+            return self.codes.contiguous(), self.scales
         rest = -self.out_features % BLOCK
         codes = F.pad(_unpack(self.qweight, self.form)[: self.out_features], (0, 0, 0, rest))
         return _pack(codes, BLOCK), F.pad(self.scales[:, : self.out_features], (0, 0, 0, rest))
@@ -357,13 +364,12 @@ class QuantizedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.settle()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedLinear":
-        # What oneDNN has put in its order cannot be copied.
-        qweight, scales = (part.clone() for part in self.stored())
-        bias = None if self.bias is None else self.bias.clone()
-        twin = type(self)(qweight, scales, bias, self.out_features)
-        twin.deterministic = self.deterministic
-        return twin.train(self.training)
+    def __getstate__(self) -> dict[str, Any]:
+        # For pickle and copy.deepcopy, which cannot take what oneDNN has put in its order.
+        buffers = self._buffers
+        if self.qweight.is_mkldnn:
+            buffers = buffers | {"qweight": self.stored()[0]}
+        return self.__dict__ | {"_buffers": buffers}
 
     def extra_repr(self) -> str:
         grouped = f", group={self.group}" if self.bits == 4 else ""
@@ -408,7 +414,7 @@ def joint(layers: Sequence[QuantizedLinear]) -> QuantizedLinear | None:
     first, sizes = layers[0], [part.out_features for part in layers]
     if len(layers) == 1:
         return first
-    if _in_own_order(first):
+    if _in_own_order(first) or any(part.bits != first.bits for part in layers):
         return None
     qweight = side_by_side([part.qweight for part in layers])
     scales = side_by_side([part.scales for part in layers], 0 if first.bits == 8 else 1)
@@ -656,8 +662,26 @@ def _unpack(packed: Tensor, form: int) -> Tensor:
 
 @cache
 def _multiplies_bytes() -> bool:
-    """Whether this CPU has products of bytes for oneDNN, which else does them in a slow loop."""
-    return hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.cpu._is_vnni_supported()
+    """Whether this CPU has products of bytes for oneDNN, which else does them in a slow loop.
+
+    And whether oneDNN uses them, for ONEDNN_MAX_CPU_ISA may forbid it and sums then overflow: so
+    the largest bytes are multiplied, and the sum looked at.
+    """
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise") or not torch.cpu._is_vnni_supported():
+        return False
+    codes = torch.full((64, 512), 127, dtype=torch.int8)
+    x = torch.full((2, 512), 255, dtype=torch.uint8)
+    packed = torch.ops.onednn.qlinear_prepack(codes, None)
+    return bool((_multiply_bytes(x, packed, torch.ones(64)) == 512 * 127 * 127).all())
+
+
+def _multiply_bytes(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """(x - 128) codes^T * scales; x uint8 (M, K), codes in oneDNN's order, returns float32."""
+    y: Tensor = torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, 128, codes, scales, _zeros(len(scales)), None,
+        1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+    return y
 
 
 @cache

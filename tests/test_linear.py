@@ -1,4 +1,4 @@
-"""Packed linear layers: the bits of F.linear, and never a stale weight."""
+"""Packed linear layers: what F.linear gives, and never a stale weight."""
 
 import copy
 import ctypes
@@ -33,6 +33,22 @@ def test_the_same_bits(rows, bias):
     x = random(*rows, 80)
     with torch.no_grad():
         assert torch.equal(PackedLinear()(x, WEIGHT, bias), F.linear(x, WEIGHT, bias))
+
+
+@needs_bf16
+@pytest.mark.parametrize("rows", [1, 24, 115, 300])
+def test_long_sums_are_as_exact(rows):
+    """The same bits, or as far from float64, which is what rounding to bfloat16 is."""
+    weight, x = random(192, 4096), random(rows, 4096).roll(1)
+    with torch.no_grad():
+        ours, theirs = PackedLinear()(x, weight), F.linear(x, weight)
+    exact = x.double() @ weight.double().T
+
+    def error(y):
+        return (y - exact).norm() / exact.norm()
+
+    assert error(ours) <= 1.02 * error(theirs) and error(ours) < 2**-9
+    assert error(F.linear(x, weight.roll(1, 0))) > 0.1
 
 
 @needs_bf16

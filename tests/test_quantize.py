@@ -6,6 +6,7 @@ Bounds are closed forms: half a step for a weight, units of rounding for a produ
 import copy
 import math
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -183,12 +184,49 @@ def test_the_codes_are_held_once_and_stay_what_they_were() -> None:
         after = one.state_dict()
         assert all(torch.equal(after[name], before[name]) for name in before)
     assert torch.equal(twin(x), y)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), y)
     assert not layer.double().qweight.is_mkldnn
     assert not torch.equal(layer(x.double()).float(), y)  # the widened weights, nothing rounded
     assert torch.equal(layer.float()(x), y)  # and puts them in order again
     other = QuantizedLinear.from_weight(weight("shifted", 70, 96), torch.randn(70))
     layer.load_state_dict(other.state_dict())
     assert torch.equal(layer(x), other(x)) and not torch.equal(layer(x), y)
+
+
+@bytes_are_multiplied
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_many_rows_in_bytes_are_the_rows_alone(dtype, monkeypatch) -> None:
+    monkeypatch.setattr(quantize, "PIECE", 4096)  # several pieces
+    layer = QuantizedLinear.from_weight(weight("normal", 300, 256), torch.randn(300).to(dtype))
+    x = torch.randn(2, 200, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
+    together = layer(x)
+    check_product(layer, x, together, torch.finfo(dtype).eps / 2, 2.0**-12)
+    assert torch.equal(together[1, 150:], layer(x[1, 150:]))
+    assert torch.equal(together[0, 7], layer(x[0, 7]))
+    assert layer(x[:, :0]).shape == (2, 0, 300)
+
+
+FORBIDDEN = """
+import torch
+from qwen2audio_core import quantize
+layer = quantize.QuantizedLinear.from_weight(torch.ones(64, 512))
+y = layer(torch.ones(3, 512))
+print(quantize._multiplies_bytes(), float((y - 512).abs().max()))
+"""
+
+
+@bytes_are_multiplied
+@pytest.mark.parametrize("most", ["AVX512_CORE", "AVX2", "DEFAULT"])
+def test_bytes_are_not_multiplied_where_sums_would_overflow(most) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORBIDDEN],
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": most},
+        capture_output=True,
+        text=True,
+    )
+    assert not done.stderr, done.stderr
+    used, error = done.stdout.split()
+    assert used == str(most == "DEFAULT") and float(error) <= 512 * U16
 
 
 @pytest.mark.parametrize("bytes_", [pytest.param(True, marks=bytes_are_multiplied), False])
