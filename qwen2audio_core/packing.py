@@ -185,8 +185,9 @@ def pack(model: nn.Module) -> None:
     Group by group: at most one exists twice. What was mapped from a file (weights.load_model on a
     CPU) becomes memory of the process, 56 % of the published model's weights (9.4 GB in bfloat16);
     its pages of the file are given up. What lies side by side already stays. Codes of quantised
-    layers are joined too, but for int8 where oneDNN has an order of its own for them.
+    layers are joined too, or arranged one by one where quantize.arrange has something to do.
     """
+    quantize.arrange(model)
     with torch.inference_mode(False), torch.no_grad():
         for group in groups(model):
             layers = [layer for _, layer in group]

@@ -168,7 +168,8 @@ def test_codes_in_an_order_of_their_own_stay_apart(model, tmp_path):
     with torch.no_grad():
         logits = model(ids)
         pack(model)
-        assert torch.equal(model(ids), logits)
+        assert model.language_model.lm_head.qweight.is_mkldnn
+        assert 0 < (model(ids) - logits).abs().max() < 0.01 * logits.abs().max()
     x = torch.randn(2, 64)
     for group in groups(model):
         if isinstance(group[0], quantize.QuantizedLinear):
