@@ -1,6 +1,6 @@
 """The small model that ships with the project, and random checkpoints in the published layout.
 
-`trained` is the default model: seven million parameters, taught from nothing on synthetic speech
+`trained` is the default model: nine million parameters, taught from nothing on synthetic speech
 and sounds by scripts/train_tiny.sh. MODEL_CARD.md beside it says what it can do.
 
 The words of random checkpoints mean nothing. They are complete all the same: weights, settings and

@@ -153,6 +153,9 @@ def test_a_folder_of_clips_becomes_rows(run, tmp_path) -> None:
     found = [json.loads(line) for text in lines for line in text.splitlines()]
     assert sorted(row["gt"] for row in found) == ["eins", "zwei"]
     assert all(row["prompt"] == "Say: <|de|>" and row["seconds"] == 0.5 for row in found)
+    for part, left in (("0.1", 1), ("0", 0)):
+        run("rows", folder, "--out", tmp_path / part, "--valid-part", part)
+        assert len((tmp_path / part / "valid.jsonl").read_text().splitlines()) == left
 
 
 def test_a_folder_that_makes_no_rows_is_one_line(run, tmp_path) -> None:

@@ -86,6 +86,8 @@ def serve(
 
         qwen2audio serve --model Qwen/Qwen2-Audio-7B-Instruct
 
+        qwen2audio serve    (the small model, called tiny)
+
         curl http://127.0.0.1:8000/v1/audio/transcriptions -F model=tiny -F file=@talk.mp3
     """
     from qwen2audio_core.errors import InputError

@@ -218,6 +218,8 @@ def rows(
     found = list(rows_from_folder(Path(folder), prompt, source))
     random.Random(seed).shuffle(found)
     held = round(valid_part * len(found))
+    if valid_part and len(found) > 1:
+        held = max(1, held)  # of few clips too there is something to measure on
     Path(out).mkdir(parents=True, exist_ok=True)
     for name, part in (("train", found[held:]), ("valid", found[:held])):
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in part)

@@ -251,10 +251,14 @@ def train(settings: Settings) -> Path:
 
 
 def read_rows(settings: Settings) -> Rows:
-    rows = Rows(settings.data, count_characters=settings.ctc_weight > 0)
+    return _usable(settings.data, count_characters=settings.ctc_weight > 0)
+
+
+def _usable(files: Sequence[str], count_characters: bool = False) -> Rows:
+    rows = Rows(files, count_characters)
     if not len(rows):
         why = f"; the first bad one: {rows.bad[0]}" if rows.bad else ""
-        raise InputError(f"{', '.join(settings.data)}: no row that can be used{why}")
+        raise InputError(f"{', '.join(files)}: no row that can be used{why}")
     return rows
 
 
@@ -387,7 +391,7 @@ class Run:
         self.loader = loader(
             rows, pairs=pairs, augment=settings.augment, sounds=sounds, attend=attend
         )
-        self.valid = loader(Rows([settings.valid])) if settings.valid else None
+        self.valid = loader(_usable([settings.valid])) if settings.valid else None
         self._plans: dict[int, list[list[int]]] = {}
         self._began = time.perf_counter() - self.progress.seconds
         self._failures = 0
