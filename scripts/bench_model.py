@@ -378,11 +378,11 @@ def decode_stage(bench: Bench, rows: int, arm: str = "") -> Race:
     }
     theirs = bench.theirs(**full).logits[:, -1]
     model = bench.quantised[arm] if arm in ("int8", "int4") else bench.ours
+    engine = engine_for(bench, model, rows) if arm else None  # which may put codes in order
     plain = through_cache(model, batch, written[:, :FIRST])
     extra = {"peer_cache": best, "peer_caches_s": speeds, "rows": rows}
     note, gap = f"{best} cache", None
-    if arm:
-        engine = engine_for(bench, model, rows)
+    if engine is not None:
         logits = forced_logits(engine.slots, prompts, written[:, :FIRST])[:, -1]
         ours = partial(engine_decodes, bench, engine, prompts)
     else:
