@@ -205,6 +205,18 @@ def test_many_rows_in_bytes_are_the_rows_alone(dtype, monkeypatch) -> None:
     assert layer(x[:, :0]).shape == (2, 0, 300)
 
 
+def printed(program: str, **environment: str) -> list[str]:
+    """The words that a program writes in a process of its own, which writes no errors."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert not done.stderr, done.stderr
+    return done.stdout.split()
+
+
 FORBIDDEN = """
 import torch
 from qwen2audio_core import quantize
@@ -218,14 +230,7 @@ print(layer.qweight.is_mkldnn, float((y - 512).abs().max()))
 @bytes_are_multiplied
 @pytest.mark.parametrize("most", ["AVX512_CORE", "AVX2", "DEFAULT"])
 def test_bytes_are_not_multiplied_where_sums_would_overflow(most) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FORBIDDEN],
-        env=os.environ | {"ONEDNN_MAX_CPU_ISA": most},
-        capture_output=True,
-        text=True,
-    )
-    assert not done.stderr, done.stderr
-    used, error = done.stdout.split()
+    used, error = printed(FORBIDDEN, ONEDNN_MAX_CPU_ISA=most)
     assert used == str(most == "DEFAULT") and float(error) <= 512 * U16
 
 
@@ -335,14 +340,8 @@ print(quantize._cpu_block(), int(qweight.long().sum()), float(scales.double().su
 def test_other_cpus_read_the_same_codes() -> None:
     found = {}
     for capability in ("default", "avx2"):
-        done = subprocess.run(
-            [sys.executable, "-c", CAPABILITY],
-            env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
-            capture_output=True,
-            text=True,
-        )
-        assert not done.stderr, done.stderr
-        block, codes, scales, error = map(float, done.stdout.split())
+        words = printed(CAPABILITY, ATEN_CPU_CAPABILITY=capability)
+        block, codes, scales, error = map(float, words)
         found[capability] = (codes, scales)
         assert error < U16, capability  # that of rounding y, and of w where no kernel fits
         if capability == "avx2" and torch.backends.cpu.get_cpu_capability() != "DEFAULT":
