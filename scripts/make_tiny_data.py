@@ -9,6 +9,7 @@
     words.jsonl     the same form: words in no order, to be heard and not guessed
     engines.jsonl   both forms: what two other engines say, RHVoice and SVOX Pico. Left out where
                     their programs are not installed (Debian: non-free)
+    drills.jsonl    both forms: short answers that hang on one thing, such as whose voice is louder
     sft.jsonl       {"messages", "audios"}: <audio> in the messages stands for each clip, in order
     valid.jsonl     both forms; voices of the training, sentences of its own drawing. Also by form,
                     as valid-pretrain.jsonl and valid-sft.jsonl
@@ -49,12 +50,21 @@ ROWS = {
     "pretrain": 50_000,
     "words": 14_000,
     "engines": 8_000,
+    "drills": 12_000,
     "sft": 60_000,
     "valid": 600,
     "test": 2_620,
 }
 # Rows made of any part, however small; the test then has every task.
-LEAST = {"pretrain": 100, "words": 100, "engines": 100, "sft": 100, "valid": 32, "test": 131}
+LEAST = {
+    "pretrain": 100,
+    "words": 100,
+    "engines": 100,
+    "drills": 100,
+    "sft": 100,
+    "valid": 32,
+    "test": 131,
+}
 DRAW = {
     "pretrain": tasks.pretrain,
     "sft": tasks.sft,
@@ -63,6 +73,7 @@ DRAW = {
     "pairs": tasks.pairs,  # made by make_tiny_pairs.py
     "words": tasks.words,
     "engines": tasks.engines,
+    "drills": tasks.drills,
 }
 SEEDS = {stage: i for i, stage in enumerate(DRAW)}
 

@@ -38,7 +38,8 @@ def train() -> list[Row]:
 @pytest.fixture(scope="module")
 def trained_on(train: list[Row]) -> list[Row]:
     """Rows of every stage that training hears."""
-    return train + [draw(i, 0) for i in range(1_000) for draw in (tasks.words, tasks.engines)]
+    others = (tasks.words, tasks.engines, tasks.drills)
+    return train + [draw(i, 0) for i in range(1_000) for draw in others]
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +284,15 @@ def test_shares_of_tasks(train: list[Row], held_out: list[Row]) -> None:
         assert len(rows) >= 60, language
 
 
-DRAWS = (tasks.pretrain, tasks.sft, tasks.test, tasks.valid, tasks.pairs, tasks.engines)
+DRAWS = (
+    tasks.pretrain,
+    tasks.sft,
+    tasks.test,
+    tasks.valid,
+    tasks.pairs,
+    tasks.engines,
+    tasks.drills,
+)
 
 
 def test_one_seed_decides_everything() -> None:
@@ -322,8 +331,42 @@ def test_what_is_written_is_asked_and_answered_without_a_clip(
     assert not set(asked) & {clip["text"] for clip in speeches(held_out)}
 
 
+def test_drills_are_short_answers_as_the_test_asks_for_them(held_out: list[Row]) -> None:
+    rows = [tasks.drills(i, 0) for i in range(2_000)]
+    drilled = {(row["task"], row["subtask"]) for row in rows}
+    assert drilled == {
+        ("gender", ""),
+        ("manner", "pitch"),
+        ("analysis", "gender"),
+        ("analysis", "pitch"),
+        ("several_clips", "louder"),
+        ("several_clips", "which_gender"),
+        ("several_clips", "gender"),
+        ("several_clips", "same_language"),
+        ("voice_chat", "arithmetic"),
+    }
+    assert drilled <= {(row["task"], row["subtask"]) for row in held_out}
+    for kind in drilled - {("voice_chat", "arithmetic")}:  # nothing is won by guessing
+        answers = [
+            row["gt"] if "gt" in row else row["messages"][-1]["content"]
+            for row in rows
+            if (row["task"], row["subtask"]) == kind
+        ]
+        few = collections.Counter(text for text in answers if not tasks.is_chinese(text))
+        assert len(few) == 2 and max(few.values()) < 1.6 * min(few.values()), (kind, few)
+    sums = [row for row in rows if row["task"] == "voice_chat"]
+    assert {row["language"] for row in sums} == set(OTHERS)
+    for row in sums:
+        assert row["messages"][-1]["content"] == next(
+            question.answer
+            for question in questions._foreign_sums(row["language"], False)
+            if question.sentence.text == row["clips"][0]["text"]
+        )
+
+
 def test_answers_about_several_clips(train: list[Row]) -> None:
-    rows = [row for row in train if row["task"] == "several_clips" and len(row["clips"]) == 2]
+    rows = train + [tasks.drills(i, 0) for i in range(1_000)]
+    rows = [row for row in rows if row["task"] == "several_clips" and len(row["clips"]) == 2]
     louder = [row for row in rows if row["subtask"] == "louder"]
     assert len(louder) > 20
     for row in louder:
@@ -337,6 +380,9 @@ def test_answers_about_several_clips(train: list[Row]) -> None:
             wanted = "woman" if "woman" in question else "man"
             asked = row["clips"][tasks.ONES.index(answer)]
             assert speech.voice(*asked["voice"]).gender == wanted
+        if row["subtask"] == "same_language":
+            languages = {clip["language"] for clip in row["clips"]}
+            assert row["messages"][-1]["content"] == ("Yes." if len(languages) == 1 else "No.")
         if row["subtask"] == "says":
             question, answer = (message["content"] for message in row["messages"][-2:])
             which = 1 if "second" in question else 0

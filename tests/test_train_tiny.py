@@ -20,6 +20,7 @@ STAGES = ("pretrain", "sft", "dpo")
 LITTLE = {
     "TINY_PART": "0.001",
     "PRETRAIN_MINUTES": "0.1",
+    "DRILL_MINUTES": "0.1",
     "SFT_MINUTES": "0.1",
     "DPO_MINUTES": "0.1",
 }
@@ -99,7 +100,7 @@ def test_all_of_it_in_little_broken_off_and_gone_on(checkout: Path) -> None:
         assert figures["rows"]["wer.unseen_engine"] == 4
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     written |= {path: path.stat().st_mtime_ns for path in out.glob("*.json*")}
-    assert len(written) == 8
+    assert len(written) == 9
     again = start(checkout)
     printed, _ = again.communicate(timeout=300)
     assert again.returncode == 0 and "what dpo has achieved" not in printed, printed

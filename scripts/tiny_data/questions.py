@@ -283,11 +283,16 @@ def _foreign_sums(language: str, test: bool) -> tuple[Question, ...]:
     return tuple(made)
 
 
+def foreign_sum(language: str, rng: random.Random, split: str) -> Question:
+    """A sum in one of the other languages."""
+    return rng.choice(_foreign_sums(language, split == "test"))
+
+
 def foreign(language: str, rng: random.Random, split: str) -> Question:
     """A question in one of the other languages, answered in that language."""
     draw = rng.random()
     if draw < 0.5 or (draw < 0.75 and split == "test"):
-        return rng.choice(_foreign_sums(language, split == "test"))
+        return foreign_sum(language, rng, split)
     if draw < 0.75:
         i = rng.randrange(len(texts.GREETINGS))
         sentence = texts.word(language, ("greet", texts.GREETINGS[i]))

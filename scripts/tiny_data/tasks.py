@@ -2,6 +2,7 @@
 
     pretrain(i, seed)     row i in the official form: {"prompt", "gt", "source"} and one clip
     sft(i, seed)          row i in chat form: {"messages"} with <audio> where each clip stands
+    drills(i, seed)       row i of short answers that hang on one thing, in either form
     test(i, seed)         row i of the held-out set, in either form
 
 A row is {"task", "split", "set", "language", "clips", ...}; a clip says how to make the sound
@@ -10,7 +11,7 @@ A row is {"task", "split", "set", "language", "clips", ...}; a clip says how to 
 
 import random
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from tiny_data import questions, sounds, speech, texts
@@ -355,11 +356,11 @@ def gender(maker: Maker, language: str) -> Row:
     return _raw("gender", language, clip, GENDER, voice.gender, "gender")
 
 
-def manner(maker: Maker, language: str) -> Row:
+def manner(maker: Maker, language: str, kind: str | None = None) -> Row:
     """Speed, pitch or whisper."""
     rng = maker.rng
     sentence = _spoken(language, rng, maker.split)
-    kind = rng.choice(("speed", "speed", "pitch", "whisper"))
+    kind = kind or rng.choice(("speed", "speed", "pitch", "whisper"))
     if kind == "speed":
         gt = rng.choice(("slow", "normal", "fast"))
         rate = maker.of({"slow": SLOW, "normal": STEADY, "fast": FAST}[gt])
@@ -392,10 +393,21 @@ def voice_chat(maker: Maker, _: str = "en") -> Row:
     topic = None
     if not maker.test and maker.rng.random() < 0.6:  # far more sums than capitals are to be learned
         topic = maker.rng.choice(questions.TABLES)
+        if not maker.engine and maker.rng.random() < 0.2:
+            return foreign_sum(maker, maker.rng.choice(LANGUAGES[1:]))
     if topic or maker.engine:
         asked = questions.english(maker.rng, maker.split, topic)
     else:
         asked = questions.question(maker.rng, maker.split)
+    return _asked_aloud(maker, asked)
+
+
+def foreign_sum(maker: Maker, language: str) -> Row:
+    """A sum asked aloud in another language than English."""
+    return _asked_aloud(maker, questions.foreign_sum(language, maker.rng, maker.split))
+
+
+def _asked_aloud(maker: Maker, asked: questions.Question) -> Row:
     clip = maker.say(asked.sentence)
     row = _chat("voice_chat", asked.sentence.language, [clip], [("<audio>", asked.answer)])
     row["subtask"] = asked.topic
@@ -521,42 +533,9 @@ def several(maker: Maker, language: str) -> Row:
         return _two_sounds(maker, how)
     other = language if rng.random() < 0.4 or maker.engine else rng.choice(LANGUAGES)
     trait = rng.choice(("louder", "gender", "speed", "plain", "plain", "plain"))
-    clips, known = [], []
-    genders = rng.sample(("man", "woman"), 2)
-    for which, spoken_in in enumerate((language, other)):
-        clip, turns = _about(
-            maker, spoken_in, "plain", genders[which] if trait == "gender" else None
-        )
-        clips.append(clip)
-        known.append({name: (asked, answer) for name, asked, answer in turns})
-    asked: list[Turn] = []
-    if trait == "louder":
-        loud = rng.randrange(2)
-        for which, clip in enumerate(clips):
-            clip["noise"] = clip["reverb"] = None
-            clip["gain_db"] = round(
-                rng.uniform(-4, -1) if which == loud else rng.uniform(-24, -18), 1
-            )
-        question = rng.choice(
-            ("Which of the two was louder?", "Which one is louder?", "Which speaker is louder?")
-        )
-        asked = [("louder", question, ONES[loud])]
-    elif trait == "gender":
-        wanted = rng.choice(("man", "woman"))
-        question = rng.choice((f"Which one is a {wanted}?", f"Which of the two is a {wanted}?"))
-        asked = [("which_gender", question, ONES[genders.index(wanted)])]
-    elif trait == "speed":
-        fast = rng.randrange(2)
-        for which, clip in enumerate(clips):
-            clip["rate"] = maker.of(FAST if which == fast else SLOW)
-        question = rng.choice(("Which one speaks faster?", "Which of the two speaks faster?"))
-        asked = [("faster", question, ONES[fast])]
-    elif rng.random() < 0.2:
-        same = language == other
-        question = rng.choice(
-            ("Do both speak the same language?", "Is it the same language in both clips?")
-        )
-        asked = [("same_language", question, "Yes." if same else "No.")]
+    clips, known, asked = _two_speakers(maker, (language, other), trait)
+    if trait == "plain" and rng.random() < 0.2:
+        asked = [_same_language(rng, language == other)]
     while len(asked) < rng.choice((1, 2)):
         which = rng.randrange(2)
         name = rng.choice(("says", "says", "gender", "language"))
@@ -575,6 +554,78 @@ def several(maker: Maker, language: str) -> Row:
         asked = asked[:1]
     row = _chat("several_clips", language, clips, turns)
     row["subtask"] = asked[-1][0]
+    return row
+
+
+def _two_speakers(
+    maker: Maker, languages: tuple[str, str], trait: str
+) -> tuple[list[Clip], list[dict[str, tuple[str, str]]], list[Turn]]:
+    """Two clips that differ in a trait ("plain": in none), what is known of each, and a question
+    about the difference if there is one."""
+    rng = maker.rng
+    clips, known = [], []
+    genders = rng.sample(("man", "woman"), 2)
+    for which, spoken_in in enumerate(languages):
+        clip, turns = _about(
+            maker, spoken_in, "plain", genders[which] if trait == "gender" else None
+        )
+        clips.append(clip)
+        known.append({name: (asked, answer) for name, asked, answer in turns})
+    if trait == "louder":
+        loud = rng.randrange(2)
+        for which, clip in enumerate(clips):
+            clip["noise"] = clip["reverb"] = None
+            clip["gain_db"] = round(
+                rng.uniform(-4, -1) if which == loud else rng.uniform(-24, -18), 1
+            )
+        question = rng.choice(
+            ("Which of the two was louder?", "Which one is louder?", "Which speaker is louder?")
+        )
+        return clips, known, [("louder", question, ONES[loud])]
+    if trait == "gender":
+        wanted = rng.choice(("man", "woman"))
+        question = rng.choice((f"Which one is a {wanted}?", f"Which of the two is a {wanted}?"))
+        return clips, known, [("which_gender", question, ONES[genders.index(wanted)])]
+    if trait == "speed":
+        fast = rng.randrange(2)
+        for which, clip in enumerate(clips):
+            clip["rate"] = maker.of(FAST if which == fast else SLOW)
+        question = rng.choice(("Which one speaks faster?", "Which of the two speaks faster?"))
+        return clips, known, [("faster", question, ONES[fast])]
+    return clips, known, []
+
+
+def _same_language(rng: random.Random, same: bool) -> Turn:
+    question = rng.choice(
+        ("Do both speak the same language?", "Is it the same language in both clips?")
+    )
+    return "same_language", question, "Yes." if same else "No."
+
+
+def compared(maker: Maker, language: str) -> Row:
+    """Two clips and one question, which no single word of either answers."""
+    rng = maker.rng
+    asks = rng.choice(("louder", "louder", "gender", "gender", "nth", "same"))
+    other = language if rng.random() < 0.5 else rng.choice(LANGUAGES)
+    trait = asks if asks in ("louder", "gender") else "plain"
+    clips, known, asked = _two_speakers(maker, (language, other), trait)
+    if asks == "nth":
+        which = rng.randrange(2)
+        answer = _english_answer(known[which]["gender"], clips[which])
+        asked = [("gender", _ask_which(rng, "gender", which), answer)]
+    elif asks == "same":
+        asked = [_same_language(rng, language == other)]
+    row = _chat("several_clips", language, clips, _first_with_clip(asked, 2))
+    row["subtask"] = asked[0][0]
+    return row
+
+
+def trait(maker: Maker, language: str) -> Row:
+    """A written question about the voice of a clip: a man's or a woman's, high or low."""
+    kind = maker.rng.choice(("plain", "plain", "pitch"))
+    clip, known = _about(maker, language, kind)
+    row = _chat("analysis", language, [clip], _first_with_clip(known[:1]))
+    row["subtask"] = known[0][0]
     return row
 
 
@@ -795,6 +846,15 @@ SFT: dict[Task, float] = {
     silence: 5,
     sound_chat: 4,
 }
+# What is never learned beside whole sentences, because its answer is one word of a row and few rows
+# have it: for some minutes it is learned alone.
+DRILLS: dict[Task, float] = {
+    gender: 16,
+    partial(manner, kind="pitch"): 10,
+    trait: 16,
+    compared: 40,
+    foreign_sum: 18,
+}
 # Task, rows of it in one round of the test, and in whose held-out voice if it is not espeak's:
 # training never hears festival, and of flite it hears other voices.
 TEST: tuple[tuple[Task, int, str | None], ...] = (
@@ -836,6 +896,14 @@ def pretrain(i: int, seed: int, split: str = "train") -> Row:
 def sft(i: int, seed: int, split: str = "train") -> Row:
     """Row i of fine-tuning."""
     return _drawn("sft", SFT, i, seed, split)
+
+
+def drills(i: int, seed: int) -> Row:
+    """Row i of the drills. A sum is asked in any language but English."""
+    rng = random.Random(f"drills/{seed}/{i}")
+    task = rng.choices(list(DRILLS), list(DRILLS.values()))[0]
+    code = rng.choice(LANGUAGES[1:]) if task is foreign_sum else _language(rng)
+    return _finish(task(Maker(rng, "train"), code), "train", "voices")
 
 
 def words(i: int, seed: int) -> Row:
