@@ -8,7 +8,7 @@
 # festival with its voice festvox-us-slt-hts; RHVoice and SVOX Pico (Debian's rhvoice, rhvoice-english
 # and libttspico-utils, non-free) are used where they are installed.
 #
-# PRETRAIN_MINUTES (105), DRILL_MINUTES (5), SFT_MINUTES (45) and DPO_MINUTES (4) say how long the
+# PRETRAIN_MINUTES (105), DRILL_MINUTES (8), SFT_MINUTES (45) and DPO_MINUTES (4) say how long the
 # stages may take: the learning rate falls to zero by then, so more minutes or a faster machine make a
 # better model. The data comes before that. TINY_PART (1) makes so much of the data and, where the
 # minutes are not given, trains for so much of them, half a minute a stage at least: it learns nothing
@@ -67,7 +67,7 @@ say "pretraining"
 # some minutes they are learned, and then kept.
 say "drills"
 "${train[@]}" "$data/drills.jsonl" --stage sft --model "$out/pretrain/model" --out "$out/drills" \
-    --valid "$data/valid-sft.jsonl" --minutes "${DRILL_MINUTES:-$(times 5 0.5)}" --lr 5e-4 \
+    --valid "$data/valid-sft.jsonl" --minutes "${DRILL_MINUTES:-$(times 8 0.5)}" --lr 5e-4 \
     --warmup 20 --batch-tokens 3600 --voice 0.08
 
 say "fine-tuning"

@@ -390,24 +390,15 @@ def _chat(task: str, language: str, clips: list[Clip], turns: list[tuple[str, st
 
 def voice_chat(maker: Maker, _: str = "en") -> Row:
     """A spoken question, answered without any text."""
-    topic = None
-    if not maker.test and maker.rng.random() < 0.6:  # far more sums than capitals are to be learned
-        topic = maker.rng.choice(questions.TABLES)
-        if not maker.engine and maker.rng.random() < 0.2:
-            return foreign_sum(maker, maker.rng.choice(LANGUAGES[1:]))
-    if topic or maker.engine:
-        asked = questions.english(maker.rng, maker.split, topic)
+    rng, split = maker.rng, maker.split
+    drilled = not maker.test and rng.random() < 0.6  # far more sums than capitals are to be learned
+    if drilled and not maker.engine and rng.random() < 0.2:
+        asked = questions.foreign_sum(rng.choice(LANGUAGES[1:]), rng, split)
+    elif drilled or maker.engine:
+        topic = rng.choice(questions.TABLES) if drilled else None
+        asked = questions.english(rng, split, topic)
     else:
-        asked = questions.question(maker.rng, maker.split)
-    return _asked_aloud(maker, asked)
-
-
-def foreign_sum(maker: Maker, language: str) -> Row:
-    """A sum asked aloud in another language than English."""
-    return _asked_aloud(maker, questions.foreign_sum(language, maker.rng, maker.split))
-
-
-def _asked_aloud(maker: Maker, asked: questions.Question) -> Row:
+        asked = questions.question(rng, split)
     clip = maker.say(asked.sentence)
     row = _chat("voice_chat", asked.sentence.language, [clip], [("<audio>", asked.answer)])
     row["subtask"] = asked.topic
@@ -849,11 +840,10 @@ SFT: dict[Task, float] = {
 # What is never learned beside whole sentences, because its answer is one word of a row and few rows
 # have it: for some minutes it is learned alone.
 DRILLS: dict[Task, float] = {
-    gender: 16,
-    partial(manner, kind="pitch"): 10,
-    trait: 16,
-    compared: 40,
-    foreign_sum: 18,
+    gender: 20,
+    partial(manner, kind="pitch"): 12,
+    trait: 20,
+    compared: 48,
 }
 # Task, rows of it in one round of the test, and in whose held-out voice if it is not espeak's:
 # training never hears festival, and of flite it hears other voices.
@@ -899,11 +889,8 @@ def sft(i: int, seed: int, split: str = "train") -> Row:
 
 
 def drills(i: int, seed: int) -> Row:
-    """Row i of the drills. A sum is asked in any language but English."""
-    rng = random.Random(f"drills/{seed}/{i}")
-    task = rng.choices(list(DRILLS), list(DRILLS.values()))[0]
-    code = rng.choice(LANGUAGES[1:]) if task is foreign_sum else _language(rng)
-    return _finish(task(Maker(rng, "train"), code), "train", "voices")
+    """Row i of the drills."""
+    return _drawn("drills", DRILLS, i, seed, "train")
 
 
 def words(i: int, seed: int) -> Row:
