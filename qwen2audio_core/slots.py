@@ -362,9 +362,9 @@ class Slots:
                 y[:, part] = attention_op(q[:, part], keys, values, causal=True)
             return y
 
-        x = self._run(x, self._cos[places][None], self._sin[places][None], attend)
-        last = x[0, [part.stop - 1 for _, part in parts]]  # (n, D)
-        self.logits = self.head(self.trunk.norm(last))
+        last = [part.stop - 1 for _, part in parts]
+        x = self._run(x, self._cos[places][None], self._sin[places][None], attend, last)
+        self.logits = self.head(self.trunk.norm(x[0]))  # (n, V)
         news = []
         for i, job in enumerate(jobs):
             rows = slice(job.row, job.row + 1)
@@ -525,8 +525,13 @@ class Slots:
         cos: Tensor,
         sin: Tensor,
         attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+        last: Sequence[int] | None = None,
     ) -> Tensor:
-        """All decoder layers on x (B, T, D); `attend` stores k, v and returns q's attention."""
+        """All decoder layers on x (B, T, D); `attend` stores k, v and returns q's attention.
+
+        last  of the T positions those whose hidden states are wanted; None for all. What the last
+              layer adds behind its attention is then computed for them alone
+        """
         for i, layer in enumerate(self.layers):
             attention, mlp = layer.module.self_attn, layer.module.mlp
             heads = (*x.shape[:2], -1, attention.head_dim)
@@ -534,8 +539,10 @@ class Slots:
                 part.view(heads) for part in layer.qkv.split(layer.module.input_layernorm(x))
             )
             q, k = attention.rope_op(q, k, cos, sin)
-            y = attend(i, q, k, v)
-            x = layer.o(y.reshape(x.shape), residual=x)
+            y = attend(i, q, k, v).reshape(x.shape)
+            if last is not None and i == len(self.layers) - 1:
+                x, y = x[:, last], y[:, last]
+            x = layer.o(y, residual=x)
             hidden = layer.gate_up.gated(layer.module.post_attention_layernorm(x), mlp.swiglu_op)
             x = layer.down(hidden, residual=x)
         return x
