@@ -188,20 +188,25 @@ class Engine:
         self._on_device: Callable[[], AbstractContextManager[Any]] = (
             partial(torch.cuda.device, device) if on_gpu else nullcontext
         )
-        if packed or (packed is None and on_gpu):
-            pack(model)
-        elif packed is None and kernels is None:
-            quantize.arrange(model)
-        with torch.inference_mode():
-            self.slots = Slots(
-                model,
-                max_batch,
-                self.max_tokens,
-                int8_cache=int8_cache,
-                kernels=kernels,
-                deterministic=deterministic,
-                record=record_graph(device) if on_gpu and kernels is not None else None,
-            )
+        try:
+            if packed or (packed is None and on_gpu):
+                pack(model)
+            elif packed is None and kernels is None:
+                quantize.arrange(model)
+            with torch.inference_mode():
+                self.slots = Slots(
+                    model,
+                    max_batch,
+                    self.max_tokens,
+                    int8_cache=int8_cache,
+                    kernels=kernels,
+                    deterministic=deterministic,
+                    record=record_graph(device) if on_gpu and kernels is not None else None,
+                )
+        except BaseException:  # such as no memory for so many slots: the model stays as it was
+            if self._backend is not None:
+                self._backend.restore()
+            raise
         self.prefixes = PrefixCache(0 if deterministic else prefix_bytes)
         self._waiting: deque[Request] = deque()
         self._active: list[Request] = []  # of slot 0, 1, ...

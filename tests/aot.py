@@ -2,6 +2,7 @@
 
     python tests/aot.py                 print the table
     python tests/aot.py --write         remake kernels/benchmarks/aot.csv
+    python tests/aot.py --exponents     what computes each exponent of attention
 
 An op is called on meta tensors of the model's real shapes, forward and backward, with a recorder in
 the place of _launch.launch. So what is compiled is what the op's own code would launch: its block
@@ -281,19 +282,49 @@ def rows(cases: dict[str, Callable[[], Any]], targets: tuple[str, ...]) -> Itera
                 yield measure(case, kernel, source, options, arch)
 
 
+def exponents() -> Iterator[dict[str, str]]:
+    """The instructions whose results attention's kernels take exponentials of, for sm_90.
+
+    Whole and masked blocks of keys run different code. Where the compiler fuses a multiplication
+    into one of them and not into the other, they round apart and a row depends on its padding.
+    """
+    for dtype in (torch.float32, torch.bfloat16):
+        for causal in (False, True):
+
+            def call(dtype: torch.dtype = dtype, causal: bool = causal) -> Tensor:
+                q, k, v = (t(2, 100, 2, 64, dtype=dtype) for _ in "qkv")
+                return kernels.attention(q, k, v, causal, integers(2))
+
+            for kernel, source, options in launches(call, "sm_90"):
+                ptx = triton.compile(source, target=TARGETS["sm_90"], options=options).asm["ptx"]
+                made = re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.]*)\s+(%\w+),", ptx, re.M)
+                makers = {register: instruction for instruction, register in made}
+                taken = re.findall(r"ex2\.approx\S*\s+%\w+, (%\w+);", ptx)
+                yield {
+                    "case": f"{dtype} causal={causal}",
+                    "kernel": kernel.__name__,
+                    "instructions": " ".join(sorted({makers[register] for register in taken})),
+                }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every kernel ahead of time.")
     parser.add_argument("--write", action="store_true", help=f"remake {TABLE.name}")
     parser.add_argument("--flawed", action="store_true", help="a kernel that the test must reject")
+    parser.add_argument("--exponents", action="store_true", help="of attention, on sm_90")
     parser.add_argument("--case", help="only the cases whose name contains this")
     arguments = parser.parse_args()
+    columns: tuple[str, ...] = COLUMNS
     if arguments.flawed:
         found = list(rows(FLAWED, ("sm_90",)))
+    elif arguments.exponents:
+        found = list(exponents())
+        columns = ("case", "kernel", "instructions")
     else:
         cases = {k: v for k, v in CASES.items() if (arguments.case or "") in k}
         found = list(rows(cases, tuple(TARGETS)))
     with TABLE.open("w", newline="") if arguments.write else sys.stdout as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(found)
 

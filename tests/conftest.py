@@ -28,6 +28,7 @@ if not HAS_GPU and find_spec("triton"):
     import interpreter  # noqa: F401  makes Triton run kernels on the CPU, before one is defined
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.backends.cudnn.allow_tf32 = False  # float32 is meant in convolutions too
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

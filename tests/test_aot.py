@@ -88,6 +88,14 @@ def test_the_table_is_current(compiled: list[Row]) -> None:
     assert recorded == compiled, "\n".join(["python tests/aot.py --write; changed:", *changed])
 
 
+def test_masked_and_whole_blocks_of_attention_round_alike() -> None:
+    found = compile_ahead("--exponents")
+    assert {row["kernel"] for row in found} >= {"attention_fwd_kernel", "attention_bwd_dq_kernel"}
+    for row in found:
+        few = row["instructions"].split()
+        assert len(few) == ("delta" not in row["kernel"]), row
+
+
 def test_the_checks_reject_a_flawed_kernel() -> None:
     found = [problem for row in compile_ahead("--flawed") for problem in problems(row)]
     assert len(found) == 2

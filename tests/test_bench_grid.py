@@ -154,8 +154,9 @@ def test_a_run_from_the_command(
     result = json.loads(out.read_text())
     (cell,) = result["cells"]
     assert (cell["seconds"], cell["batch"], tuple(cell["arms"])) == (1, 2, arms)
-    for arm in cell["arms"].values():
-        assert len(arm["tpot_runs"]) == 2 and arm["peak_bytes"] is None
+    for name, arm in cell["arms"].items():
+        assert len(arm["tpot_runs"]) == (1 if name == "compiled" else 2)
+        assert arm["peak_bytes"] is None
         for stage in ("mel", "encoder", "prefill", "ttft", "tpot"):
             assert arm[stage] > 0 and arm["of_floor"][stage] > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -216,5 +217,15 @@ def test_a_report_names_the_part_that_fails(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert lines[0].startswith("no GPU") and lines[1].startswith("tests: FAILED with exit code 3")
     assert lines[2].startswith("kernels: done") and lines[3].startswith("model: OUT OF TIME")
-    usage = subprocess.run(["bash", str(ROOT / "scripts" / "gpu_report.sh")], capture_output=True)
-    assert usage.returncode == 2
+    alone = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "gpu_report.sh"), str(tmp_path / "out"), "kernels"],
+        env=os.environ | {"PYTHON": str(fake)},
+    )
+    after = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    assert alone.returncode == 0 and after[: len(lines)] == lines
+    assert [line.split(":")[0] for line in after[len(lines) :]] == ["no GPU", "kernels"]
+    for words in ([], ["out", "speed"], ["out", "tests", "model"]):
+        usage = subprocess.run(
+            ["bash", str(ROOT / "scripts" / "gpu_report.sh"), *words], capture_output=True
+        )
+        assert usage.returncode == 2 and b"usage: " in usage.stderr

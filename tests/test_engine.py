@@ -993,6 +993,21 @@ def test_slots_forget_what_they_held(assistant):
 # --- on a GPU -------------------------------------------------------------------------------------
 
 
+def test_an_engine_that_cannot_be_made_leaves_the_model_as_it_was(monkeypatch):
+    pytest.importorskip("triton")
+    model = fresh()
+    norm = model.language_model.model.norm
+    before = norm.rms_norm_op
+
+    def full(*words, **options):
+        raise torch.OutOfMemoryError("no memory for so many slots")
+
+    monkeypatch.setattr("qwen2audio_core.engine.Slots", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        Engine(model, backend="triton")
+    assert norm.rms_norm_op is before
+
+
 @pytest.mark.gpu
 def test_graphs_write_what_generate_writes(assistant):
     model = fresh().cuda()

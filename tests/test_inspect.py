@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 import toy
 
@@ -21,6 +20,8 @@ from qwen2audio_core.assistant import load
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.inspection import collect, report
 from qwen2audio_core.inspection.collect import KINDS
+
+soundfile = pytest.importorskip("soundfile")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EVIL = "</script><img src=x onerror=alert(1)> \"'&amp; <b>What</b>?"

@@ -168,7 +168,10 @@ def test_forward_without_gradients_and_large_scores() -> None:
     q, k, v = qkv(1, 33, 65, 1, 1, 32).values()
     q = q * 100  # the largest weight is 1, exponentials would overflow without the maximum
     with torch.no_grad():
-        torch.testing.assert_close(kernels.attention(q, k, v), ops.attention(q, k, v))
+        # A score of 400 is known to 2e-5 in float32, and so is its weight.
+        torch.testing.assert_close(
+            kernels.attention(q, k, v), ops.attention(q, k, v), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,18 @@ def test_strided_views() -> None:
     )
 
 
+def test_int8_scales_as_a_part_of_a_longer_cache() -> None:
+    tensors = inputs(3, 200, 4, 2, 64, int8=True)
+    q, lengths = tensors.pop("q"), integers(150, 127)
+    part = {name: x[1:, :150] for name, x in tensors.items()}
+    whole = {name: x.contiguous() for name, x in part.items()}
+    apart = {name: x[:, :, [0, 1]].transpose(1, 2).contiguous() for name, x in part.items()}
+    apart = {name: x.transpose(1, 2) for name, x in apart.items()}  # heads first in memory
+    expected = kernels.decode_attention(q[1:], **whole, lengths=lengths)
+    for given in (part, apart, part | {"v_scale": whole["v_scale"]}):
+        assert torch.equal(kernels.decode_attention(q[1:], **given, lengths=lengths), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_its_batch_padding_or_cache(dtype: torch.dtype) -> None:
     q, k, v = (x.to(dtype) for x in inputs(3, 700, 2, 1, 64).values())

@@ -5,15 +5,17 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import openai
 import pytest
 import torch
-from live_server import CLIPS, NAME, linked, live, small, spoken, wav
 
-from qwen2audio_core import transcribe
-from qwen2audio_core.assistant import change
-from qwen2audio_core.chat import collate
-from qwen2audio_core.generate import Generation
+openai = pytest.importorskip("openai")
+
+from live_server import CLIPS, NAME, linked, live, small, spoken, wav  # noqa: E402
+
+from qwen2audio_core import transcribe  # noqa: E402
+from qwen2audio_core.assistant import change  # noqa: E402
+from qwen2audio_core.chat import collate  # noqa: E402
+from qwen2audio_core.generate import Generation  # noqa: E402
 
 
 @pytest.fixture(scope="module")

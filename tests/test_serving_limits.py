@@ -12,13 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
-import openai
 import pytest
-import soundfile
 import torch
-from live_server import CLIPS, NAME, linked, live, small, spoken, wait, wav
 
-from qwen2audio_core.serving import sources
+openai = pytest.importorskip("openai")
+soundfile = pytest.importorskip("soundfile")
+
+from live_server import CLIPS, NAME, linked, live, small, spoken, wait, wav  # noqa: E402
+
+from qwen2audio_core.serving import sources  # noqa: E402
 
 TURN = {"model": NAME, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

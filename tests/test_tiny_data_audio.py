@@ -14,6 +14,8 @@ from qwen2audio_core import frontend
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
+pytest.importorskip("soxr")
+
 import make_tiny_data
 
 from tiny_data import render, sounds, speech

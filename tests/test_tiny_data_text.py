@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 pytest.importorskip("jiwer")
+pytest.importorskip("soxr")
+soundfile = pytest.importorskip("soundfile")
 
 import evaluate_tiny  # noqa: E402
 import make_tiny_data  # noqa: E402

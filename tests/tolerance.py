@@ -8,7 +8,8 @@ values:
 for every output and every gradient, by name, once with the largest error and once with the root
 mean square of the errors. The floor is one unit in the last place of the dtype at the same
 measure (the largest, the root mean square) of R, since P may be exact by luck where K rounds
-once.
+once. In float32 on a GPU it is eight: there a library cuts a long sum into slices, which rounds
+several times less than K's sum in one go, and by how much depends on the shape.
 
 The kernel runs with uninitialised memory filled with NaN (integers: the largest value), so an
 element that it never wrote, or read before writing, cannot pass for zero.
@@ -102,11 +103,12 @@ def _compare(
     our_error, their_error = (ours.double() - exact).abs(), (theirs.double() - exact).abs()
     for measure, of in (("largest", Tensor.max), ("root mean square", _rms)):
         scale = of(exact.abs()).clamp(min=torch.finfo(dtype).tiny)  # below it, steps are constant
-        floor = torch.finfo(dtype).eps * scale
+        units = 8 if dtype == torch.float32 and ours.is_cuda else 1
+        floor = units * torch.finfo(dtype).eps * scale
         limit = 2 * of(their_error) + floor
         assert of(our_error) <= limit, (
             f"{name}: {measure} error {of(our_error):.3e}, allowed {limit:.3e} = "
-            f"2 x {of(their_error):.3e} (torch) + {floor:.3e} (one unit in the last place)"
+            f"2 x {of(their_error):.3e} (torch) + {floor:.3e} ({units} units in the last place)"
         )
     return our_error.max().item(), their_error.max().item()
 

@@ -88,9 +88,13 @@ def _load(x_ptr, rows, channels, stride, mask, C: tl.constexpr, MASKED: tl.const
 
 
 @triton.jit
-def _scores(q, k, queries, keys, end, shift, scale, CAUSAL: tl.constexpr, MASKED: tl.constexpr):
-    """(queries, keys) in units of log 2, -inf where the query may not see the key."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+def _scores(q, k, queries, keys, end, shift, CAUSAL: tl.constexpr, MASKED: tl.constexpr):
+    """q k^T as (queries, keys), -inf where the query may not see the key.
+
+    The scale comes behind the mask. Before it, the compiler would fuse scale and difference into
+    one instruction where nothing is masked and could not elsewhere, and the two would round apart.
+    """
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
         visible = (keys < end)[None, :]
         if CAUSAL:
@@ -105,15 +109,18 @@ def _attend(
     first, last, end, shift, scale,
     C: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Take keys [first, last) into the running maximum, sum of exponentials and sum of values."""
+    """Take keys [first, last) into the running maximum, sum of exponentials and sum of values.
+
+    scale  log2(e) / sqrt(C): exponentials are of base 2
+    """
     for block in range(first, last, BLOCK_N):
         keys = block + tl.arange(0, BLOCK_N)
         k = _load(k_ptr, keys, channels, stride_k, keys < end, C, MASKED)
-        s = _scores(q, k, queries, keys, end, shift, scale, CAUSAL, MASKED)
+        s = _scores(q, k, queries, keys, end, shift, CAUSAL, MASKED)
         higher = tl.maximum(top, tl.max(s, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # a query that has seen no key yet
-        p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(top - base)
+        p = tl.exp2((s - base[:, None]) * scale)  # exactly 1 for the largest
+        shrink = tl.exp2((top - base) * scale)
         total = total * shrink + tl.sum(p, 1)
         v = _load(v_ptr, keys, channels, stride_v, keys < end, C, MASKED)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
@@ -162,7 +169,7 @@ def attention_fwd_kernel(
     total = tl.where(sees, total, 1.0)
     y = acc / total[:, None]
     # Any finite lse serves a query that sees nothing: its scores are all -inf.
-    lse = tl.where(sees, top + tl.log2(total), 0.0)
+    lse = tl.where(sees, top * scale + tl.log2(total), 0.0)
     outputs = (row + queries)[:, None] * (H * C) + head * C + channels[None, :]
     mask = (queries < T)[:, None] & (channels < C)[None, :]
     tl.store(y_ptr + outputs, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -193,8 +200,8 @@ def _pull(
         keys = block + tl.arange(0, BLOCK_N)
         k = _load(k_ptr, keys, channels, stride_k, keys < end, C, MASKED)
         v = _load(v_ptr, keys, channels, stride_v, keys < end, C, MASKED)
-        s = _scores(q, k, queries, keys, end, shift, scale, CAUSAL, MASKED)
-        p = tl.exp2(s - lse[:, None])
+        s = _scores(q, k, queries, keys, end, shift, CAUSAL, MASKED)
+        p = tl.exp2(s * scale - lse[:, None])
         dp = tl.dot(dy, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -284,11 +291,11 @@ def attention_bwd_dkv_kernel(
             dy = _load(gradients_ptr, queries, channels, width, queries < T, C, True)
             lse = tl.load(lse_ptr + statistics + queries, mask=queries < T, other=0.0)
             delta = tl.load(delta_ptr + statistics + queries, mask=queries < T, other=0.0)
-            s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # (keys, queries)
+            s = tl.dot(k, tl.trans(q), input_precision="ieee")  # (keys, queries)
             seen = visible[:, None]
             if CAUSAL:
                 seen = seen & (keys[:, None] <= queries[None, :] + shift)
-            p = tl.where(seen, tl.exp2(s - lse[None, :]), 0.0)
+            p = tl.where(seen, tl.exp2(s * scale - lse[None, :]), 0.0)
             dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(dy), input_precision="ieee")
             ds = p * (dp - delta[None, :])

@@ -44,12 +44,12 @@ def _range(lengths_ptr, key_start_ptr, row, S):
 def decode_attention_part_kernel(
     q_ptr,  # (B, H, C)
     k_ptr, v_ptr,  # (B, S, G, C)
-    k_scale_ptr, v_scale_ptr,  # (B, S, G) or None
+    k_scale_ptr, v_scale_ptr,  # (B, S, G) or None; rows anywhere, each contiguous
     lengths_ptr, key_start_ptr,  # (B,), (B,) or None
     acc_ptr,  # (B, H, parts, C) float32
     stats_ptr,  # (B, H, parts, 2) float32: top, total
     stride_qb, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
-    S, G, groups, scale,
+    stride_scale, S, G, groups, scale,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     head, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -75,7 +75,7 @@ def decode_attention_part_kernel(
         k = tl.load(k_ptr + keys[:, None] * stride_ks, mask=mask, other=0).to(tl.float32)
         v = tl.load(v_ptr + keys[:, None] * stride_vs, mask=mask, other=0).to(tl.float32)
         s = tl.sum(q[None, :] * k, 1)
-        scales = (wide * S + keys) * G + kv_head
+        scales = wide * stride_scale + keys * G + kv_head
         if k_scale_ptr is not None:
             s *= tl.load(k_scale_ptr + scales, mask=keys < end, other=0.0)
         s = tl.where(keys < end, s, float("-inf"))
@@ -158,10 +158,13 @@ def decode_attention(
         x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache)
     )
     lengths = lengths.contiguous()
-    key_start, k_scale, v_scale = (
-        None if x is None else x.contiguous() for x in (key_start, k_scale, v_scale)
-    )
+    key_start = None if key_start is None else key_start.contiguous()
     (B, H, C), (S, G) = q.shape, k_cache.shape[1:3]
+    stride_scale = 0
+    if k_scale is not None and v_scale is not None:
+        if k_scale.stride()[1:] != (G, 1) or v_scale.stride() != k_scale.stride():
+            k_scale, v_scale = k_scale.contiguous(), v_scale.contiguous()
+        stride_scale = k_scale.stride(0)
     options = dict(_launch.settings(op, _launch.arch(q.device)))
     split, block = options["SPLIT"], max(16, triton.next_power_of_2(C))
     parts = triton.cdiv(S, split)
@@ -172,7 +175,7 @@ def decode_attention(
         decode_attention_part_kernel, (H, parts, B),
         q, k_cache, v_cache, k_scale, v_scale, lengths, key_start, acc, stats,
         *q.stride()[:-1], *k_cache.stride()[:-1], *v_cache.stride()[:-1],
-        S, G, H // G, LOG2_E * C**-0.5, C=C, BLOCK_C=block, **options,
+        stride_scale, S, G, H // G, LOG2_E * C**-0.5, C=C, BLOCK_C=block, **options,
     )  # fmt: skip
     _launch.launch(
         decode_attention_join_kernel, (H, B),
