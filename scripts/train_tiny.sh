@@ -64,9 +64,11 @@ say "pretraining"
 
 # Answers of one word that hang on the whole clip (a man or a woman, which is louder) are lost among
 # those of whole sentences, whose tokens are many more: after hours they are still guessed. Alone for
-# some minutes they are learned, and then kept.
+# some minutes they are learned; --mean-over rows, by which an answer weighs the same whatever its
+# length, keeps them. Without it the next stage forgets them again.
 say "drills"
 "${train[@]}" "$data/drills.jsonl" --stage sft --model "$out/pretrain/model" --out "$out/drills" \
+    --mean-over rows \
     --valid "$data/valid-sft.jsonl" --minutes "${DRILL_MINUTES:-$(times 8 0.5)}" --lr 5e-4 \
     --warmup 20 --batch-tokens 3600 --voice 0.08
 
@@ -74,6 +76,7 @@ say "fine-tuning"
 "${train[@]}" "$data/sft.jsonl" "$data/drills.jsonl@0.5" "$data/pretrain.jsonl@0.3" \
     "$data/words.jsonl@0.4" "${some_engines[@]}" --stage sft \
     --model "$out/drills/model" --out "$out/sft" --valid "$data/valid-sft.jsonl" \
+    --mean-over rows \
     --minutes "${SFT_MINUTES:-$(times 45 0.5)}" --lr 8e-4 --warmup 50 --batch-tokens 3600 \
     --sounds "$data/phones.jsonl" --sounds-weight 0.4 --attend-weight 0.3 --auxiliary-until 0.95 \
     --voice 0.08

@@ -83,6 +83,27 @@ def test_accumulated_batches_give_the_gradient_of_one(base, data, tmp_path, monk
         torch.testing.assert_close(two[name], expected, rtol=1e-3, atol=1e-6, msg=name)
 
 
+def test_accumulated_batches_give_the_gradient_of_one_over_rows(
+    base, data, tmp_path, monkeypatch
+) -> None:
+    whole = a_run(base, [data], tmp_path, mean_over="rows")
+    one = gradients(whole, [batch_of(whole, range(6))], monkeypatch)
+    parts = a_run(base, [data], tmp_path, mean_over="rows")
+    sizes = [batch_of(parts, [0]), batch_of(parts, [1, 2, 3, 4, 5])]
+    assert [batch.supervised_rows for batch in sizes] == [1, 5]
+    two = gradients(parts, sizes, monkeypatch)
+    for name, expected in one.items():
+        torch.testing.assert_close(two[name], expected, rtol=1e-3, atol=1e-6, msg=name)
+    tokens = a_run(base, [data], tmp_path)
+    other = gradients(tokens, [batch_of(tokens, range(6))], monkeypatch)
+    name = "model.language_model.lm_head.weight"
+    assert (other[name] - one[name]).abs().max() > 1e-4  # the control
+    with pytest.raises(InputError, match="dpo's loss is of pairs"):
+        settings(base, data, tmp_path, stage="dpo", mean_over="rows")
+    with pytest.raises(InputError, match="expected tokens or rows"):
+        settings(base, data, tmp_path, mean_over="words")
+
+
 def test_the_gradient_is_that_of_the_masked_loss(base, data, tmp_path, monkeypatch) -> None:
     """Against a step written out with the plain forward and a mask over all positions."""
     run = a_run(base, [data], tmp_path)

@@ -56,6 +56,22 @@ def test_batches_of_unequal_size_sum_to_the_mean_over_all_tokens() -> None:
     assert abs(means.item() - whole.item()) > 1e-3  # what a mean of means would give
 
 
+def test_row_means_weigh_a_short_answer_as_much_as_a_long_one() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, 6, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 5, (3, 6))
+    wanted = torch.zeros(3, 6, dtype=torch.bool)
+    wanted[0, 4:], wanted[2, 1:] = True, True  # two tokens, none, five
+    found = losses.row_means(logits[wanted], labels[wanted], wanted)
+    each = [F.cross_entropy(logits[i][wanted[i]], labels[i][wanted[i]]) for i in (0, 2)]
+    assert found.item() == pytest.approx(sum(each).item(), abs=1e-12)
+    (gradient,) = torch.autograd.grad(found, logits)
+    (expected,) = torch.autograd.grad(sum(each), logits)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+    tokens = losses.next_token(logits[wanted], labels[wanted])
+    assert abs(float(tokens) / 7 - float(found.detach()) / 2) > 1e-3  # the control
+
+
 def test_ctc_is_the_sum_over_all_alignments() -> None:
     torch.manual_seed(0)
     logits = torch.randn(2, 4, 3, dtype=torch.float64)

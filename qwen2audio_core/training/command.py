@@ -60,6 +60,10 @@ def train(
         list[str] | None,
         typer.Option(help='Parameters to leave as they are, with *: "audio_tower.*".'),
     ] = None,
+    mean_over: Annotated[
+        Literal["tokens", "rows"],
+        typer.Option(help="Of the loss. Over rows, short answers weigh as much as long ones."),
+    ] = "tokens",
     beta: Annotated[float, typer.Option(help="dpo: how dear it is to leave the start.")] = 0.1,
     dpo_sft: Annotated[
         float, typer.Option(help="dpo: weight of the better answers' own loss beside it.")
@@ -155,6 +159,7 @@ def train(
         seed=seed,
         adapter=adapter if lora else None,
         freeze=tuple(freeze or ()),
+        mean_over=mean_over,
         ctc_weight=ctc_weight,
         sounds=sounds,
         sounds_weight=sounds_weight,

@@ -113,6 +113,11 @@ class Batch:
         """Positions that are trained on."""
         return int((self.labels[:, 1:] != IGNORE).sum())
 
+    @property
+    def supervised_rows(self) -> int:
+        """Rows that have such a position."""
+        return int((self.labels[:, 1:] != IGNORE).any(-1).sum())
+
     def to(self, device: str | torch.device) -> "Batch":
         for name in ("ids", "labels", "mel", "conv_frames", "heard"):
             tensor = getattr(self, name)

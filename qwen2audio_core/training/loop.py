@@ -61,6 +61,9 @@ class Settings:
     # What is trained
     adapter: lora.Settings | None = None  # adapters alone
     freeze: tuple[str, ...] = ()  # patterns of parameter names
+    mean_over: Literal["tokens", "rows"] = (
+        "tokens"  # rows: short answers weigh as much as long ones
+    )
     ctc_weight: float = 0.0  # of an auxiliary loss on the encoder: which characters, in order
     sounds: str | None = None  # jsonl of when each speech sound is heard, as data.Sounds says
     sounds_weight: float = 1.0  # of an auxiliary loss on the encoder: which sound in each frame
@@ -87,6 +90,10 @@ class Settings:
         for name in ("lr", "clip", "batch_seconds", "batch_tokens", "dpo_beta", "auxiliary_until"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, it must be above 0")
+        if self.mean_over not in ("tokens", "rows"):
+            raise InputError(f"mean_over is {self.mean_over!r}, expected tokens or rows")
+        if self.mean_over == "rows" and self.stage == "dpo":
+            raise InputError("mean_over rows is for pretrain and sft: dpo's loss is of pairs")
         for name in ("accumulate", "save_every", "keep", "eval_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, it must be at least 1")
@@ -106,6 +113,7 @@ class Trainee(nn.Module):
     alphabet    characters of the transcripts; class i + 1 is alphabet[i], 0 the blank; "" for none
     sounds      how many speech sounds there are to name; 0 for no such head
     attend      guide heads of the decoder to where the tokens of a transcript are said
+    by_row      the loss is a sum over rows of their means, and not over tokens
     lockstep    run every part of the model on every batch, even on one without sound: processes
                 that share the weights wait for one another at each layer
     """
@@ -116,11 +124,12 @@ class Trainee(nn.Module):
         alphabet: str = "",
         sounds: int = 0,
         attend: bool = False,
+        by_row: bool = False,
         lockstep: bool = False,
     ):
         super().__init__()
         self.model = model
-        self.lockstep = lockstep
+        self.lockstep, self.by_row = lockstep, by_row
         self.listening = False  # run the encoder alone
         self.alphabet = {character: i for i, character in enumerate(alphabet, start=1)}
         self._states: Tensor | None = None
@@ -170,10 +179,12 @@ class Trainee(nn.Module):
             x = self.model.hidden(self._embed(batch))
             x, labels = losses.supervised(x, batch.labels)
             logits = self.model.language_model.lm_head(x)
+            wanted = batch.labels[:, 1:] != losses.IGNORE
             if batch.pairs:
-                wanted = batch.labels[:, 1:] != losses.IGNORE
                 found["log_probs"] = losses.row_log_probs(logits, labels, wanted)
                 found["loss"] = -found["log_probs"][: batch.pairs].sum()
+            elif self.by_row:
+                found["loss"] = losses.row_means(logits, labels, wanted)
             else:
                 found["loss"] = losses.next_token(logits, labels)
         if self.alphabet and batch.spoken:
@@ -375,7 +386,12 @@ class Run:
         kinds = len(sounds.names) if sounds else 0
         attend = settings.attend_weight > 0
         self.trainee = Trainee(
-            model, self.progress.alphabet, kinds, attend, lockstep=group.world > 1
+            model,
+            self.progress.alphabet,
+            kinds,
+            attend,
+            settings.mean_over == "rows",
+            lockstep=group.world > 1,
         )
         parallel.spread(self.trainee, model, group)
         self.trained = [p for p in self.trainee.parameters() if p.requires_grad]
@@ -522,6 +538,11 @@ class Run:
             )
         )
 
+    def _weight(self, batch: Batch) -> int:
+        """What a batch counts for in a mean."""
+        by_row = self.settings.mean_over == "rows"
+        return batch.supervised_rows if by_row else batch.supervised
+
     # One step
 
     def step(self, batches: Sequence[Batch], part: float) -> dict[str, float]:
@@ -532,7 +553,7 @@ class Run:
         torch.manual_seed((settings.seed * 1_000_003 + self.progress.step) * 64 + group.rank)
         counts = group.total(
             [
-                float(sum(batch.supervised for batch in batches)),
+                float(sum(map(self._weight, batches))),
                 float(sum(len(batch.spoken) for batch in batches)),
                 float(sum(batch.pairs for batch in batches)),
                 float(sum(len(known) for batch in batches for _, known in batch.sounds)),
@@ -643,7 +664,7 @@ class Run:
             batch = loader[0, chosen[at : at + 32]]
             for line in batch.bad:
                 self.report.note(line)
-            positions += batch.supervised
+            positions += self._weight(batch)
             with self._autocast():
                 total += float(self.trainee(batch.to(self.group.device))["loss"])
         figures: dict[str, Any] = {"valid_loss": total / max(1, positions)}

@@ -46,6 +46,13 @@ def row_log_probs(logits: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
     return torch.zeros(len(wanted), dtype=each.dtype, device=each.device).index_add(0, rows, each)
 
 
+def row_means(logits: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
+    """Sum over rows of the mean negative log-likelihood of each: a short answer weighs as much as a
+    long one. Arguments as in `row_log_probs`; returns ()."""
+    tokens = wanted.sum(-1).clamp(min=1)  # of a row without a label the sum is 0
+    return -(row_log_probs(logits, labels, wanted) / tokens).sum()
+
+
 class Preference(NamedTuple):
     """Sums over pairs."""
 
