@@ -203,7 +203,7 @@ class Engine:
                     deterministic=deterministic,
                     record=record_graph(device) if on_gpu and kernels is not None else None,
                 )
-        except BaseException:  # such as no memory for so many slots: the model stays as it was
+        except BaseException:  # such as no memory for so many slots: its ops are put back
             if self._backend is not None:
                 self._backend.restore()
             raise

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes the small model from nothing: data, three stages of training, and what each has achieved.
+# Makes the small model from nothing: data, three stages of training (and drills between the first
+# and the second), and what each of the three has achieved.
 #
 #     bash scripts/train_tiny.sh [DIR]                  default: tiny-run
 #     TINY_PART=0.01 bash scripts/train_tiny.sh trial   all of it in little, to see that it runs
@@ -68,18 +69,16 @@ say "pretraining"
 # length, keeps them. Without it the next stage forgets them again.
 say "drills"
 "${train[@]}" "$data/drills.jsonl" --stage sft --model "$out/pretrain/model" --out "$out/drills" \
-    --mean-over rows \
     --valid "$data/valid-sft.jsonl" --minutes "${DRILL_MINUTES:-$(times 8 0.5)}" --lr 5e-4 \
-    --warmup 20 --batch-tokens 3600 --voice 0.08
+    --warmup 20 --batch-tokens 3600 --mean-over rows --voice 0.08
 
 say "fine-tuning"
 "${train[@]}" "$data/sft.jsonl" "$data/drills.jsonl@0.5" "$data/pretrain.jsonl@0.3" \
     "$data/words.jsonl@0.4" "${some_engines[@]}" --stage sft \
     --model "$out/drills/model" --out "$out/sft" --valid "$data/valid-sft.jsonl" \
-    --mean-over rows \
     --minutes "${SFT_MINUTES:-$(times 45 0.5)}" --lr 8e-4 --warmup 50 --batch-tokens 3600 \
     --sounds "$data/phones.jsonl" --sounds-weight 0.4 --attend-weight 0.3 --auxiliary-until 0.95 \
-    --voice 0.08
+    --mean-over rows --voice 0.08
 
 say "preference"
 [ -f "$out/pairs.jsonl" ] || "$python" "$root/scripts/make_tiny_pairs.py" \

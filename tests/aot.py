@@ -314,6 +314,8 @@ def main() -> None:
     parser.add_argument("--exponents", action="store_true", help="of attention, on sm_90")
     parser.add_argument("--case", help="only the cases whose name contains this")
     arguments = parser.parse_args()
+    if arguments.write and (arguments.exponents or arguments.flawed or arguments.case):
+        parser.error("--write remakes the whole table and goes with no other option")
     columns: tuple[str, ...] = COLUMNS
     if arguments.flawed:
         found = list(rows(FLAWED, ("sm_90",)))

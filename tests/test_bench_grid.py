@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -105,7 +106,8 @@ def test_floors_of_the_published_shape(grid: ModuleType) -> None:
     made.ceilings = {"read": 4300.0, "copy": 4300.0, "matmul": 790.0}
     alone = made.floors(30, 1)
     assert alone["engine"]["encoder"] == pytest.approx(2.88e-3, rel=0.02)
-    assert alone["engine"]["prefill"] == pytest.approx(13.33e-3, rel=0.03)
+    # 13.4 ms for all positions of all layers, less what the last one need not do for 799 of them.
+    assert alone["engine"]["prefill"] == pytest.approx(13.05e-3, rel=0.01)
     assert made.floors(3, 1)["engine"]["encoder"] == pytest.approx(0.30e-3, rel=0.03)
     for name, milliseconds in (("engine", 3.31), ("int8", 1.655), ("int4", 0.88)):
         held = 800 * 524_288 / 4.3e12
@@ -199,6 +201,36 @@ def test_the_whole_report(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.png").exists()
 
 
+def test_a_report_on_a_gpu_runs_these_commands(tmp_path: Path) -> None:
+    """A stand-in for a Python that sees a GPU, which says what it is asked."""
+    fake = tmp_path / "python"
+    fake.write_text(
+        '#!/bin/sh\ncase "$*" in *is_available*) exit;; *device_name*) echo Some GPU; exit;; esac\n'
+        f'printf "%s\\n" "$*" >> "{tmp_path}/asked"\n'
+    )
+    fake.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "gpu_report.sh"), str(tmp_path / "the out")],
+        env=os.environ | {"PYTHON": str(fake)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    tests, kernels, model, table = (tmp_path / "asked").read_text().splitlines()
+    named = {word for word in tests.split() if word.startswith("tests/")}
+    marked = {
+        f"tests/{path.name}"
+        for path in (ROOT / "tests").glob("test_*.py")
+        if re.search(r"^@pytest\.mark\.gpu", path.read_text(), re.M)
+    }
+    assert named == marked | {"tests/test_model_on_triton.py"} and len(marked) > 4
+    assert kernels.split()[0] == "kernels/benchmarks/bench.py" and "--budget" in kernels
+    assert model.split()[:2] == ["scripts/bench_model.py", "--grid"] and "cuda" in model
+    assert table.endswith("--table")
+    summary = (tmp_path / "the out" / "summary.txt").read_text().splitlines()
+    assert summary[0] == "GPU: Some GPU" and len(summary) == 4
+
+
 def test_a_report_names_the_part_that_fails(tmp_path: Path) -> None:
     """A stand-in for Python: the tests fail, the kernels end well, the model takes too long."""
     fake = tmp_path / "python"
@@ -222,8 +254,11 @@ def test_a_report_names_the_part_that_fails(tmp_path: Path) -> None:
         env=os.environ | {"PYTHON": str(fake)},
     )
     after = (tmp_path / "out" / "summary.txt").read_text().splitlines()
-    assert alone.returncode == 0 and after[: len(lines)] == lines
-    assert [line.split(":")[0] for line in after[len(lines) :]] == ["no GPU", "kernels"]
+    assert alone.returncode == 0
+    # The part's line of before has made way for a new one.
+    assert [line.split(":")[0] for line in after] == [
+        "no GPU", "tests", "model", "no GPU", "kernels"
+    ]  # fmt: skip
     for words in ([], ["out", "speed"], ["out", "tests", "model"]):
         usage = subprocess.run(
             ["bash", str(ROOT / "scripts" / "gpu_report.sh"), *words], capture_output=True

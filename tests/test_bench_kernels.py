@@ -139,6 +139,32 @@ def test_tests_pass_reads_the_exit_code(bench: ModuleType, capsys: pytest.Captur
     assert bench.tests_pass({"there_is_none"}, "cpu") == {"there_is_none": False}
 
 
+def test_tests_have_an_order_and_an_end(bench: ModuleType, monkeypatch, capsys) -> None:
+    began: list[str] = []
+
+    class Slow:
+        pid, returncode = 123, 0
+
+        def __init__(self, command: list[str], **options: object):
+            began.append(command[-1])
+            assert options["start_new_session"]
+
+        def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+            if timeout is not None and began[-1].endswith("attention.py"):
+                raise bench.subprocess.TimeoutExpired("", timeout)
+            return "", ""
+
+    killed: list[int] = []
+    monkeypatch.setattr(bench.subprocess, "Popen", Slow)
+    monkeypatch.setattr(bench.os, "killpg", lambda group, signal: killed.append(group))
+    files = {"gelu", "attention", "linear"}
+    green = bench.tests_pass(files, "cpu", bench.time.perf_counter() + 60)
+    assert [name.split("op_")[1] for name in began] == ["linear.py", "attention.py", "gelu.py"]
+    assert green == {"linear": True, "gelu": True} and killed == [123]
+    assert "not done in time" in capsys.readouterr().out
+    assert bench.tests_pass(files, "cpu", 0.0) == {}
+
+
 def test_arms_alternate(bench: ModuleType) -> None:
     order: list[str] = []
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import qwen2audio_kernels as kernels
 from qwen2audio_core import ops
+from qwen2audio_kernels import _launch
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -107,7 +108,7 @@ def test_strided_views() -> None:
     )
 
 
-def test_int8_scales_as_a_part_of_a_longer_cache() -> None:
+def test_int8_scales_as_a_part_of_a_longer_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = inputs(3, 200, 4, 2, 64, int8=True)
     q, lengths = tensors.pop("q"), integers(150, 127)
     part = {name: x[1:, :150] for name, x in tensors.items()}
@@ -115,8 +116,20 @@ def test_int8_scales_as_a_part_of_a_longer_cache() -> None:
     apart = {name: x[:, :, [0, 1]].transpose(1, 2).contiguous() for name, x in part.items()}
     apart = {name: x.transpose(1, 2) for name, x in apart.items()}  # heads first in memory
     expected = kernels.decode_attention(q[1:], **whole, lengths=lengths)
-    for given in (part, apart, part | {"v_scale": whole["v_scale"]}):
+    mixed = [part | {name: whole[name]} for name in ("k_scale", "v_scale")]
+    for given in (part, apart, *mixed):
         assert torch.equal(kernels.decode_attention(q[1:], **given, lengths=lengths), expected)
+    # A part of a longer cache is read where it lies.
+    taken: list[int] = []
+    launch = _launch.launch
+
+    def watched(kernel: object, grid: object, *arguments: object, **options: object) -> None:
+        taken.extend(x.data_ptr() for x in arguments if isinstance(x, Tensor))
+        launch(kernel, grid, *arguments, **options)
+
+    monkeypatch.setattr(_launch, "launch", watched)
+    kernels.decode_attention(q[1:], **part, lengths=lengths)
+    assert {x.data_ptr() for x in part.values()} <= set(taken)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

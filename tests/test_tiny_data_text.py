@@ -356,6 +356,26 @@ def test_drills_are_short_answers_as_the_test_asks_for_them(held_out: list[Row])
         assert len(few) == 2 and max(few.values()) < 2 * min(few.values()), (kind, few)
 
 
+def test_drills_are_right(train: list[Row]) -> None:
+    rows = [tasks.drills(i, 0) for i in range(2_000)]
+    for row in rows:
+        voices = [speech.voice(*clip["voice"]) for clip in row["clips"]]
+        if row["task"] == "gender":
+            assert row["gt"] == voices[0].gender
+        elif row["subtask"] == "gender":
+            question, answer = (message["content"] for message in row["messages"])
+            sex = voices["second" in question].gender
+            assert answer in (
+                {"man": "A man.", "woman": "A woman."}[sex],
+                {"man": "男的。", "woman": "女的。"}[sex],
+            )
+        elif row["subtask"] == "pitch":
+            high = row["clips"][0]["pitch"] in tasks.HIGH[0]
+            assert high or row["clips"][0]["pitch"] in tasks.LOW[0]
+            said = row["gt"] if "gt" in row else row["messages"][-1]["content"]
+            assert said.lower().strip(".") == ("high" if high else "low")
+
+
 def test_sums_in_every_language(train: list[Row]) -> None:
     rows = [row for row in train if (row["task"], row["subtask"]) == ("voice_chat", "arithmetic")]
     by_language = collections.Counter(row["language"] for row in rows)

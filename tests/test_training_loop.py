@@ -104,6 +104,23 @@ def test_accumulated_batches_give_the_gradient_of_one_over_rows(
         settings(base, data, tmp_path, mean_over="words")
 
 
+def test_the_validation_loss_is_over_rows_too(base, data, tmp_path) -> None:
+    run = a_run(base, [data], tmp_path, valid=str(data), mean_over="rows", samples=0)
+    batch = batch_of(run, range(len(run.valid.rows)))
+    model = load_model(base)
+    logits = model(batch.ids, batch.mel, batch.conv_frames)[:, :-1]
+    labels = batch.labels[:, 1:]
+    means = [
+        torch.nn.functional.cross_entropy(one, wanted, ignore_index=losses.IGNORE).item()
+        for one, wanted in zip(logits.detach(), labels, strict=True)
+        if bool((wanted != losses.IGNORE).any())
+    ]
+    found: list[dict] = []
+    run.report.evaluation = lambda progress, figures: found.append(figures)
+    run.evaluate()
+    assert found[0]["valid_loss"] == pytest.approx(sum(means) / len(means), rel=1e-3)
+
+
 def test_the_gradient_is_that_of_the_masked_loss(base, data, tmp_path, monkeypatch) -> None:
     """Against a step written out with the plain forward and a mask over all positions."""
     run = a_run(base, [data], tmp_path)

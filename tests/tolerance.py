@@ -108,7 +108,7 @@ def _compare(
         limit = 2 * of(their_error) + floor
         assert of(our_error) <= limit, (
             f"{name}: {measure} error {of(our_error):.3e}, allowed {limit:.3e} = "
-            f"2 x {of(their_error):.3e} (torch) + {floor:.3e} ({units} units in the last place)"
+            f"2 x {of(their_error):.3e} (torch) + {floor:.3e} ({units} x the last place)"
         )
     return our_error.max().item(), their_error.max().item()
 

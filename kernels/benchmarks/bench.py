@@ -21,6 +21,7 @@ A ratio is the other arm's median over the kernel's: above 1 the kernel is faste
 import argparse
 import csv
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -79,17 +80,20 @@ def tests_pass(files: set[str], device: str, deadline: float = float("inf")) -> 
             continue
         command = [sys.executable, "-m", "pytest", *options, f"tests/test_op_{file}.py"]
         print(f"testing {file}", flush=True)
+        tests = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True,
-                timeout=None if left == float("inf") else left,
-            )  # fmt: skip
+            out, err = tests.communicate(timeout=None if left == float("inf") else left)
         except subprocess.TimeoutExpired:
+            os.killpg(tests.pid, signal.SIGKILL)  # the processes it shares the work with, too
+            tests.communicate()
             print("    not done in time")
             continue
-        green[file] = done.returncode == 0
+        green[file] = tests.returncode == 0
         if not green[file]:
-            print(done.stdout[-2000:] + done.stderr[-1000:])
+            print(out[-2000:] + err[-1000:])
     return green
 
 
@@ -364,7 +368,7 @@ def ceiling_rows(ceilings: dict[str, float], here: Row) -> list[Row]:
 
 
 def keep(rows: list[Row], folder: Path, ops: set[str]) -> Path:
-    """Write the rows of one GPU; rows of ops that were not run stay."""
+    """Write the rows of one GPU, in place of what `ops` had; rows of other ops stay."""
     path = folder / f"{rows[0]['gpu'].lower().replace(' ', '_')}.csv"
     old = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
     rest = [r for r in old if r["op"] not in ops and not r["op"].startswith("ceiling")]
@@ -479,6 +483,7 @@ def bench(arguments: argparse.Namespace, device: str) -> int:
     here, ceilings = machine(), measure_ceilings(device, arguments.quick)
     rows, failed = ceiling_rows(ceilings, here), set(red)
     kept = device == "cuda" and not arguments.quick
+    ran: set[str] = set()
     for case in chosen:
         if time.perf_counter() - began > arguments.budget:
             late.add(case.op)
@@ -489,10 +494,6 @@ def bench(arguments: argparse.Namespace, device: str) -> int:
                 if direction == "forward":
                     verify(case, device, dtype)
                 found = race(case, direction, device, dtype, samples)
-            except AssertionError as error:
-                print(f"REFUSED {case.op}, {case.shape}: {error}")
-                failed.add(case.op)
-                break
             except torch.cuda.OutOfMemoryError:
                 print("    left out: not enough memory")
                 break
@@ -505,17 +506,33 @@ def bench(arguments: argparse.Namespace, device: str) -> int:
             if device == "cuda":
                 report(rows[-1])
                 torch.cuda.empty_cache()
+        ran.add(case.op)
         rows = [row for row in rows if row["op"] not in failed]
         if kept:  # whatever may end the run later
-            keep(rows, arguments.results, {case.op for case in chosen[: chosen.index(case) + 1]})
+            keep(rows, arguments.results, ran)
+        if case.op in failed and not answers(device):
+            print("the GPU answers no more: the rest is left out")
+            late |= {one.op for one in chosen} - ran
+            break
     if kept:
-        print(f"wrote {keep(rows, arguments.results, wanted)}")
+        print(f"wrote {keep(rows, arguments.results, ran | red)}")
         write_table(arguments.readme, arguments.results)
     else:
         print(f"{len(rows) - len(ceilings)} cases went through; no speed is kept of a quick run")
     if late:
         print(f"left out, the budget of {arguments.budget:.0f} s was spent: {sorted(late)}")
     return 1 if failed else 0
+
+
+def answers(device: str) -> bool:
+    """Whether the GPU still works: after some faults every later call fails as well."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device).item()
+    except RuntimeError:
+        return False
+    return True
 
 
 def report(row: Row) -> None:

@@ -58,8 +58,8 @@ def layer_norm_fwd_kernel(
         rounded = (x + residual.to(tl.float32)).to(dtype)
         tl.store(sum_ptr + row * width + columns, rounded, mask=inside)
         x = rounded.to(tl.float32)
-    # Rounded to nearest, so that a constant row is its mean and nothing is left: `/` may be off by
-    # a unit in the last place.
+    # Rounded to nearest: `/` may be off by a unit in the last place. Of a constant row something is
+    # left then even where its sum is exact, and the lack of spread makes it large.
     mean = tl.div_rn(tl.sum(x, axis=0), tl.full((), width, tl.float32))
     # Not mean(x^2) - mean(x)^2: that cancels where the mean is large beside the spread.
     centred = tl.where(inside, x - mean, 0.0)

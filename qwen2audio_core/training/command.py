@@ -62,7 +62,10 @@ def train(
     ] = None,
     mean_over: Annotated[
         Literal["tokens", "rows"],
-        typer.Option(help="Of the loss. Over rows, short answers weigh as much as long ones."),
+        typer.Option(
+            help="pretrain, sft: what the loss is the mean of. With rows a short answer counts as"
+            " much as a long one."
+        ),
     ] = "tokens",
     beta: Annotated[float, typer.Option(help="dpo: how dear it is to leave the start.")] = 0.1,
     dpo_sft: Annotated[

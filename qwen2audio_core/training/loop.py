@@ -61,9 +61,7 @@ class Settings:
     # What is trained
     adapter: lora.Settings | None = None  # adapters alone
     freeze: tuple[str, ...] = ()  # patterns of parameter names
-    mean_over: Literal["tokens", "rows"] = (
-        "tokens"  # rows: short answers weigh as much as long ones
-    )
+    mean_over: Literal["tokens", "rows"] = "tokens"  # of the loss; rows: each counts once
     ctc_weight: float = 0.0  # of an auxiliary loss on the encoder: which characters, in order
     sounds: str | None = None  # jsonl of when each speech sound is heard, as data.Sounds says
     sounds_weight: float = 1.0  # of an auxiliary loss on the encoder: which sound in each frame
@@ -166,9 +164,10 @@ class Trainee(nn.Module):
         return attention
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Sums over the batch: "loss" over tokens; with heads for them, "ctc" over clips, "sounds"
-        over frames and how many of these are "right", "attend" over tokens. For pairs,
-        "log_probs" (2N,) of the answers, and the "loss" is that of the better ones."""
+        """Sums over the batch: "loss" over tokens, or over rows `by_row`; with heads for them,
+        "ctc" over clips, "sounds" over frames and how many of these are "right", "attend" over
+        tokens. For pairs, "log_probs" (2N,) of the answers, and the "loss" is that of the better
+        ones."""
         found: dict[str, Tensor] = {}
         self._queries = []
         if self.listening:
@@ -390,7 +389,7 @@ class Run:
             self.progress.alphabet,
             kinds,
             attend,
-            settings.mean_over == "rows",
+            by_row=settings.mean_over == "rows",
             lockstep=group.world > 1,
         )
         parallel.spread(self.trainee, model, group)
@@ -540,8 +539,7 @@ class Run:
 
     def _weight(self, batch: Batch) -> int:
         """What a batch counts for in a mean."""
-        by_row = self.settings.mean_over == "rows"
-        return batch.supervised_rows if by_row else batch.supervised
+        return batch.supervised_rows if self.trainee.by_row else batch.supervised
 
     # One step
 
@@ -565,7 +563,7 @@ class Run:
         if counts[0] == 0 and self.progress.step == 0:
             first = next((line for batch in batches for line in batch.bad), "")
             raise InputError(f"the first batches hold no row that can be used: {first}")
-        positions, clips, pairs, frames, said = (max(1.0, count) for count in counts[:5])
+        weight, clips, pairs, frames, said = (max(1.0, count) for count in counts[:5])
         auxiliary = max(0.0, 1 - part / settings.auxiliary_until)
         lr = self._set_rate(part)
         self.trainee.train()
@@ -576,12 +574,12 @@ class Run:
             reference = self._reference(batch) if batch.pairs else None
             with self._autocast():
                 found = self.trainee(batch)
-            loss = found["loss"] / positions
+            loss = found["loss"] / weight
             sums[0] += float(loss.detach())
             if reference is not None:
                 preference = losses.dpo(found["log_probs"], reference, settings.dpo_beta)
                 loss = preference.loss / pairs + settings.dpo_sft * loss
-                sums[0] += float(loss.detach()) - float(found["loss"].detach()) / positions
+                sums[0] += float(loss.detach()) - float(found["loss"].detach()) / weight
                 sums[2] += float(preference.won) / pairs
                 sums[3] += float(preference.margin) / pairs
             elif dpo:
@@ -659,15 +657,15 @@ class Run:
         chosen.sort(key=lambda i: float(rows.seconds[i]))
         self.trainee.eval()
         self.trainee.listening = False
-        total, positions = 0.0, 0
+        total, weight = 0.0, 0
         for at in range(0, len(chosen), 32):
             batch = loader[0, chosen[at : at + 32]]
             for line in batch.bad:
                 self.report.note(line)
-            positions += self._weight(batch)
+            weight += self._weight(batch)
             with self._autocast():
                 total += float(self.trainee(batch.to(self.group.device))["loss"])
-        figures: dict[str, Any] = {"valid_loss": total / max(1, positions)}
+        figures: dict[str, Any] = {"valid_loss": total / max(1, weight)}
         # Writing needs the whole model on one process.
         if self.group.world == 1 and settings.samples:
             shown = chosen[:: -(-len(chosen) // settings.samples)] if chosen else []

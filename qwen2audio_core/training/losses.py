@@ -1,7 +1,8 @@
 """What is minimised: pure functions of hidden states and labels, sums and not means.
 
 A step may consist of several batches, on several machines. Each contributes a sum, and all are
-divided by one count of the whole step, so that every token weighs the same wherever it lies.
+divided by one count of the whole step, so that every token (or every row, see `row_means`) weighs
+the same wherever it lies.
 """
 
 from typing import NamedTuple

@@ -406,6 +406,7 @@ def voice_chat(maker: Maker, _: str = "en") -> Row:
 
 
 Turn = tuple[str, str, str]  # subtask, question, answer
+Known = dict[str, tuple[str, str]]  # subtask -> question, answer: all that is known of a clip
 
 
 def _about(
@@ -530,9 +531,7 @@ def several(maker: Maker, language: str) -> Row:
     while len(asked) < rng.choice((1, 2)):
         which = rng.randrange(2)
         name = rng.choice(("says", "says", "gender", "language"))
-        asked.append(
-            (name, _ask_which(rng, name, which), _english_answer(known[which][name], clips[which]))
-        )
+        asked.append(_about_one(rng, name, which, clips, known))
     rng.shuffle(asked)
     if how == "together":
         turns = _first_with_clip(asked, 2)
@@ -550,7 +549,7 @@ def several(maker: Maker, language: str) -> Row:
 
 def _two_speakers(
     maker: Maker, languages: tuple[str, str], trait: str
-) -> tuple[list[Clip], list[dict[str, tuple[str, str]]], list[Turn]]:
+) -> tuple[list[Clip], list[Known], list[Turn]]:
     """Two clips that differ in a trait ("plain": in none), what is known of each, and a question
     about the difference if there is one."""
     rng = maker.rng
@@ -586,6 +585,14 @@ def _two_speakers(
     return clips, known, []
 
 
+def _about_one(
+    rng: random.Random, name: str, which: int, clips: list[Clip], known: list[Known]
+) -> Turn:
+    """A question about the first or the second of two clips."""
+    answer = _english_answer(known[which][name], clips[which])
+    return name, _ask_which(rng, name, which), answer
+
+
 def _same_language(rng: random.Random, same: bool) -> Turn:
     question = rng.choice(
         ("Do both speak the same language?", "Is it the same language in both clips?")
@@ -601,9 +608,7 @@ def compared(maker: Maker, language: str) -> Row:
     trait = asks if asks in ("louder", "gender") else "plain"
     clips, known, asked = _two_speakers(maker, (language, other), trait)
     if asks == "nth":
-        which = rng.randrange(2)
-        answer = _english_answer(known[which]["gender"], clips[which])
-        asked = [("gender", _ask_which(rng, "gender", which), answer)]
+        asked = [_about_one(rng, "gender", rng.randrange(2), clips, known)]
     elif asks == "same":
         asked = [_same_language(rng, language == other)]
     row = _chat("several_clips", language, clips, _first_with_clip(asked, 2))
@@ -611,7 +616,7 @@ def compared(maker: Maker, language: str) -> Row:
     return row
 
 
-def trait(maker: Maker, language: str) -> Row:
+def voice_trait(maker: Maker, language: str) -> Row:
     """A written question about the voice of a clip: a man's or a woman's, high or low."""
     kind = maker.rng.choice(("plain", "plain", "pitch"))
     clip, known = _about(maker, language, kind)
@@ -842,7 +847,7 @@ SFT: dict[Task, float] = {
 DRILLS: dict[Task, float] = {
     gender: 20,
     partial(manner, kind="pitch"): 12,
-    trait: 20,
+    voice_trait: 20,
     compared: 48,
 }
 # Task, rows of it in one round of the test, and in whose held-out voice if it is not espeak's:
