@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the small model from nothing: data, three stages of training (and drills between the first
-# and the second), and what each of the three has achieved.
+# Makes the small model from nothing: data, three stages of training, the second in two parts, and what
+# each has achieved.
 #
 #     bash scripts/train_tiny.sh [DIR]                  default: tiny-run
 #     TINY_PART=0.01 bash scripts/train_tiny.sh trial   all of it in little, to see that it runs
@@ -9,7 +9,7 @@
 # festival with its voice festvox-us-slt-hts; RHVoice and SVOX Pico (Debian's rhvoice, rhvoice-english
 # and libttspico-utils, non-free) are used where they are installed.
 #
-# PRETRAIN_MINUTES (105), DRILL_MINUTES (8), SFT_MINUTES (45) and DPO_MINUTES (4) say how long the
+# PRETRAIN_MINUTES (105), SFT_MINUTES (45), SHORT_MINUTES (30) and DPO_MINUTES (4) say how long the
 # stages may take: the learning rate falls to zero by then, so more minutes or a faster machine make a
 # better model. The data comes before that. TINY_PART (1) makes so much of the data and, where the
 # minutes are not given, trains for so much of them, half a minute a stage at least: it learns nothing
@@ -63,31 +63,32 @@ say "pretraining"
     --sounds "$data/phones.jsonl" --listen-steps "$(times 250 5 | cut -d. -f1)" \
     --ctc-weight 0.3 --attend-weight 0.5 --auxiliary-until 0.95 --voice 0.08
 
-# Answers of one word that hang on the whole clip (a man or a woman, which is louder) are lost among
-# those of whole sentences, whose tokens are many more: after hours they are still guessed. Alone for
-# some minutes they are learned; --mean-over rows, by which an answer weighs the same whatever its
-# length, keeps them. Without it the next stage forgets them again.
-say "drills"
-"${train[@]}" "$data/drills.jsonl" --stage sft --model "$out/pretrain/model" --out "$out/drills" \
-    --valid "$data/valid-sft.jsonl" --minutes "${DRILL_MINUTES:-$(times 8 0.5)}" --lr 5e-4 \
-    --warmup 20 --batch-tokens 3600 --mean-over rows --voice 0.08
-
 say "fine-tuning"
-"${train[@]}" "$data/sft.jsonl" "$data/drills.jsonl@0.5" "$data/pretrain.jsonl@0.3" \
-    "$data/words.jsonl@0.4" "${some_engines[@]}" --stage sft \
-    --model "$out/drills/model" --out "$out/sft" --valid "$data/valid-sft.jsonl" \
+"${train[@]}" "$data/sft.jsonl" "$data/pretrain.jsonl@0.3" "$data/words.jsonl@0.4" \
+    "${some_engines[@]}" --stage sft \
+    --model "$out/pretrain/model" --out "$out/sft" --valid "$data/valid-sft.jsonl" \
     --minutes "${SFT_MINUTES:-$(times 45 0.5)}" --lr 8e-4 --warmup 50 --batch-tokens 3600 \
     --sounds "$data/phones.jsonl" --sounds-weight 0.4 --attend-weight 0.3 --auxiliary-until 0.95 \
+    --voice 0.08
+
+# Answers of one word that hang on the whole clip (a man or a woman, which is louder) are lost among
+# those of whole sentences, whose tokens are many more: after hours they are still guessed. With
+# --mean-over rows an answer weighs the same whatever its length.
+say "short answers"
+"${train[@]}" "$data/drills.jsonl" "$data/sft.jsonl@0.3" "$data/pretrain.jsonl@0.2" \
+    "${some_engines[@]}" --stage sft \
+    --model "$out/sft/model" --out "$out/short" --valid "$data/valid-sft.jsonl" \
+    --minutes "${SHORT_MINUTES:-$(times 30 0.5)}" --lr 6e-4 --warmup 30 --batch-tokens 3600 \
     --mean-over rows --voice 0.08
 
 say "preference"
 [ -f "$out/pairs.jsonl" ] || "$python" "$root/scripts/make_tiny_pairs.py" \
-    --model "$out/sft/model" --data "$data" --rows "$(times 2000 64 | cut -d. -f1)" \
+    --model "$out/short/model" --data "$data" --rows "$(times 2000 64 | cut -d. -f1)" \
     --out "$out/pairs.jsonl"
-"${train[@]}" "$out/pairs.jsonl" --stage dpo --model "$out/sft/model" --out "$out/dpo" \
+"${train[@]}" "$out/pairs.jsonl" --stage dpo --model "$out/short/model" --out "$out/dpo" \
     --valid "$data/valid-sft.jsonl" --minutes "${DPO_MINUTES:-$(times 4 0.5)}" --lr 5e-5 \
     --warmup 20 --batch-tokens 3600 --beta 0.1 --dpo-sft 1
 
-for stage in pretrain sft dpo; do
+for stage in pretrain sft short dpo; do
     evaluate "$stage"
 done

@@ -16,12 +16,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 VOICE = Path("/usr/share/festival/voices/us/cmu_us_slt_arctic_hts")
-STAGES = ("pretrain", "sft", "dpo")
+STAGES = ("pretrain", "sft", "short", "dpo")
 LITTLE = {
     "TINY_PART": "0.001",
     "PRETRAIN_MINUTES": "0.1",
-    "DRILL_MINUTES": "0.1",
     "SFT_MINUTES": "0.1",
+    "SHORT_MINUTES": "0.1",
     "DPO_MINUTES": "0.1",
 }
 
@@ -100,7 +100,7 @@ def test_all_of_it_in_little_broken_off_and_gone_on(checkout: Path) -> None:
         assert figures["rows"]["wer.unseen_engine"] == 4
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     written |= {path: path.stat().st_mtime_ns for path in out.glob("*.json*")}
-    assert len(written) == 9
+    assert len(written) == 10
     again = start(checkout)
     printed, _ = again.communicate(timeout=300)
     assert again.returncode == 0 and "what dpo has achieved" not in printed, printed

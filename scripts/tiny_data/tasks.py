@@ -842,8 +842,8 @@ SFT: dict[Task, float] = {
     silence: 5,
     sound_chat: 4,
 }
-# What is never learned beside whole sentences, because its answer is one word of a row and few rows
-# have it: for some minutes it is learned alone.
+# What is hardly learned beside whole sentences, because its answer is one word and in few rows:
+# fine-tuning ends with many of these.
 DRILLS: dict[Task, float] = {
     gender: 20,
     partial(manner, kind="pitch"): 12,
