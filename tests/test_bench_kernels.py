@@ -164,6 +164,16 @@ def test_tests_have_an_order_and_an_end(bench: ModuleType, monkeypatch, capsys) 
     assert "not done in time" in capsys.readouterr().out
     assert bench.tests_pass(files, "cpu", 0.0) == {}
 
+    def interrupted(self: Slow, timeout: float | None = None) -> tuple[str, str]:
+        if len(killed) == 1:
+            raise KeyboardInterrupt
+        return "", ""
+
+    monkeypatch.setattr(Slow, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.tests_pass(files, "cpu")
+    assert killed == [123, 123]
+
 
 def test_arms_alternate(bench: ModuleType) -> None:
     order: list[str] = []

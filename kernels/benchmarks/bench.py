@@ -86,9 +86,11 @@ def tests_pass(files: set[str], device: str, deadline: float = float("inf")) -> 
         )  # fmt: skip
         try:
             out, err = tests.communicate(timeout=None if left == float("inf") else left)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:
             os.killpg(tests.pid, signal.SIGKILL)  # the processes it shares the work with, too
             tests.communicate()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise  # Ctrl-C, which they do not get
             print("    not done in time")
             continue
         green[file] = tests.returncode == 0
