@@ -16,7 +16,7 @@ import pytest
 import torch
 from training_rows import chat_row, checkpoint, official_rows, settings, tone, write_lines
 
-from qwen2audio_core import assistant, install, saving
+from qwen2audio_core import assistant, cli, install, saving
 from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.training import checkpoint as saved
 from qwen2audio_core.training import loop, losses, parallel
@@ -545,3 +545,28 @@ def test_augmented_batches_differ_by_batch_and_not_by_run(base, data, tmp_path) 
     assert torch.equal(a.mel, b.mel)
     plain = next(a_run(base, [data], tmp_path)._batches())
     assert not torch.equal(a.mel, plain.mel)
+
+
+def test_every_option_of_the_command_reaches_the_run(data, monkeypatch) -> None:
+    """All are given another value than their default, and every setting has one."""
+    seen: list[loop.Settings] = []
+    monkeypatch.setattr(loop, "train", lambda chosen: seen.append(chosen) or Path("out"))
+    words = {
+        "--out": "there", "--stage": "pretrain", "--valid": str(data), "--steps": "7",
+        "--minutes": "3", "--lr": "0.5", "--warmup": "3", "--floor": "0.25", "--clip": "2",
+        "--weight-decay": "0.5", "--batch-seconds": "5", "--batch-tokens": "50",
+        "--accumulate": "2", "--freeze": "a*", "--mean-over": "rows", "--beta": "0.7",
+        "--dpo-sft": "0.3", "--ctc-weight": "0.6", "--sounds": "s.jsonl",
+        "--sounds-weight": "0.8", "--attend-weight": "0.9", "--auxiliary-until": "0.4",
+        "--listen-steps": "4", "--short-first": "5", "--noise": "0.1", "--voice": "0.2",
+        "--workers": "1", "--device": "cpu", "--save-every": "6", "--keep": "8",
+        "--eval-every": "9", "--eval-rows": "10", "--samples": "11", "--seed": "12",
+        "--model": "here",
+    }  # fmt: skip
+    flags = ["--lora", "--spec-augment", "--float32", "--recompute", "--tensorboard"]
+    pairs = [word for pair in words.items() for word in pair]
+    cli.app(["train", str(data), *pairs, *flags], standalone_mode=False)
+    given, usual = asdict(seen[0]), asdict(loop.Settings("m", ["d"], "o"))
+    # Fixed by the command: one number of AdamW.
+    assert {name for name in usual if given[name] == usual[name]} == {"beta2"}
+    assert given["mean_over"] == "rows" and given["augment"]["voice"] == 0.2
