@@ -12,8 +12,9 @@
 #
 # Each part has a time of its own that a slow one before it cannot take, and keeps what it has when
 # that is over. pytest-xdist, where it is installed, shares the kernels' tests, which take most of
-# their time to compile, among the cores. Without a GPU the same parts run at small shapes, which shows that they run; those speeds stand for nothing.
-# PYTHON names the interpreter; default: .venv's, else python3.
+# their time to compile, among the cores. Without a GPU the same parts run at small shapes, which
+# shows that they run; those speeds stand for nothing. PYTHON names the interpreter; default: .venv's,
+# else python3.
 set -uo pipefail
 case "$#${2:-all}" in
     1all | 2tests | 2kernels | 2model) ;;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the small model from nothing: data, three stages of training, the second in two parts, and what
-# each has achieved.
+# Makes the small model from nothing: data, three stages of training, the second in two parts, and
+# what each has achieved.
 #
 #     bash scripts/train_tiny.sh [DIR]                  default: tiny-run
 #     TINY_PART=0.01 bash scripts/train_tiny.sh trial   all of it in little, to see that it runs

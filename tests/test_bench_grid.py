@@ -184,14 +184,18 @@ def test_bench_model_hands_a_gpu_to_the_grid(grid: ModuleType, monkeypatch) -> N
     assert asked[0].budget > 600 and asked[1].quick
 
 
-@pytest.mark.slow
-def test_the_whole_report(tmp_path: Path) -> None:
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "gpu_report.sh"), str(tmp_path / "out")],
-        env=os.environ | {"PYTHON": sys.executable},
+def report(python: Path | str, *words: Path | str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(ROOT / "scripts" / "gpu_report.sh"), *map(str, words)],
+        env=os.environ | {"PYTHON": str(python)},
         capture_output=True,
         text=True,
     )
+
+
+@pytest.mark.slow
+def test_the_whole_report(tmp_path: Path) -> None:
+    done = report(sys.executable, tmp_path / "out")
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert done.returncode == 0, summary + done.stdout[-2000:]
     assert summary.count(": done in ") == 3
@@ -209,12 +213,7 @@ def test_a_report_on_a_gpu_runs_these_commands(tmp_path: Path) -> None:
         f'printf "%s\\n" "$*" >> "{tmp_path}/asked"\n'
     )
     fake.chmod(0o755)
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "gpu_report.sh"), str(tmp_path / "the out")],
-        env=os.environ | {"PYTHON": str(fake)},
-        capture_output=True,
-        text=True,
-    )
+    done = report(fake, tmp_path / "the out")
     assert done.returncode == 0, done.stdout + done.stderr
     tests, kernels, model, table = (tmp_path / "asked").read_text().splitlines()
     named = {word for word in tests.split() if word.startswith("tests/")}
@@ -239,20 +238,12 @@ def test_a_report_names_the_part_that_fails(tmp_path: Path) -> None:
         " *bench_model*) exit 124;; esac\n"
     )
     fake.chmod(0o755)
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "gpu_report.sh"), str(tmp_path / "out")],
-        env=os.environ | {"PYTHON": str(fake)},
-        capture_output=True,
-        text=True,
-    )
+    done = report(fake, tmp_path / "out")
     lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
     assert done.returncode == 1
     assert lines[0].startswith("no GPU") and lines[1].startswith("tests: FAILED with exit code 3")
     assert lines[2].startswith("kernels: done") and lines[3].startswith("model: OUT OF TIME")
-    alone = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "gpu_report.sh"), str(tmp_path / "out"), "kernels"],
-        env=os.environ | {"PYTHON": str(fake)},
-    )
+    alone = report(fake, tmp_path / "out", "kernels")
     after = (tmp_path / "out" / "summary.txt").read_text().splitlines()
     assert alone.returncode == 0
     # The part's line of before has made way for a new one.
@@ -260,7 +251,5 @@ def test_a_report_names_the_part_that_fails(tmp_path: Path) -> None:
         "no GPU", "tests", "model", "no GPU", "kernels"
     ]  # fmt: skip
     for words in ([], ["out", "speed"], ["out", "tests", "model"]):
-        usage = subprocess.run(
-            ["bash", str(ROOT / "scripts" / "gpu_report.sh"), *words], capture_output=True
-        )
-        assert usage.returncode == 2 and b"usage: " in usage.stderr
+        usage = report(fake, *words)
+        assert usage.returncode == 2 and "usage: " in usage.stderr

@@ -990,9 +990,6 @@ def test_slots_forget_what_they_held(assistant):
         assert not slots.cache.keys.any() and not slots.cache.values.any()
 
 
-# --- on a GPU -------------------------------------------------------------------------------------
-
-
 def test_an_engine_that_cannot_be_made_leaves_the_model_as_it_was(monkeypatch):
     pytest.importorskip("triton")
     model = fresh()
@@ -1006,6 +1003,9 @@ def test_an_engine_that_cannot_be_made_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         Engine(model, backend="triton")
     assert norm.rms_norm_op is before
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -70,34 +70,28 @@ def batch_of(run: loop.Run, numbers):
     return run.loader[0, list(numbers)]
 
 
-def test_accumulated_batches_give_the_gradient_of_one(base, data, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("more", [{"ctc_weight": 0.3}, {"mean_over": "rows"}], ids=str)
+def test_accumulated_batches_give_the_gradient_of_one(
+    more, base, data, tmp_path, monkeypatch
+) -> None:
     # Rows 0 to 5 have 2 to 4 tokens to learn: a mean of the batches' means would differ.
-    whole = a_run(base, [data], tmp_path, ctc_weight=0.3)
+    whole = a_run(base, [data], tmp_path, **more)
     one = gradients(whole, [batch_of(whole, range(6))], monkeypatch)
-    parts = a_run(base, [data], tmp_path, ctc_weight=0.3)
+    parts = a_run(base, [data], tmp_path, **more)
     sizes = [batch_of(parts, [0]), batch_of(parts, [1, 2, 3, 4, 5])]
     assert sizes[0].supervised * 5 != sizes[1].supervised
+    assert [batch.supervised_rows for batch in sizes] == [1, 5]
     two = gradients(parts, sizes, monkeypatch)
     assert one.keys() == two.keys() and len(one) > 50
     for name, expected in one.items():
         torch.testing.assert_close(two[name], expected, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_accumulated_batches_give_the_gradient_of_one_over_rows(
-    base, data, tmp_path, monkeypatch
-) -> None:
-    whole = a_run(base, [data], tmp_path, mean_over="rows")
-    one = gradients(whole, [batch_of(whole, range(6))], monkeypatch)
-    parts = a_run(base, [data], tmp_path, mean_over="rows")
-    sizes = [batch_of(parts, [0]), batch_of(parts, [1, 2, 3, 4, 5])]
-    assert [batch.supervised_rows for batch in sizes] == [1, 5]
-    two = gradients(parts, sizes, monkeypatch)
-    for name, expected in one.items():
-        torch.testing.assert_close(two[name], expected, rtol=1e-3, atol=1e-6, msg=name)
-    tokens = a_run(base, [data], tmp_path)
-    other = gradients(tokens, [batch_of(tokens, range(6))], monkeypatch)
+def test_a_mean_over_rows_is_another_gradient(base, data, tmp_path, monkeypatch) -> None:
+    runs = [a_run(base, [data], tmp_path, mean_over=over) for over in ("rows", "tokens")]
+    one, other = (gradients(run, [batch_of(run, range(6))], monkeypatch) for run in runs)
     name = "model.language_model.lm_head.weight"
-    assert (other[name] - one[name]).abs().max() > 1e-4  # the control
+    assert (other[name] - one[name]).abs().max() > 1e-4
     with pytest.raises(InputError, match="dpo's loss is of pairs"):
         settings(base, data, tmp_path, stage="dpo", mean_over="rows")
     with pytest.raises(InputError, match="expected tokens or rows"):

@@ -513,8 +513,7 @@ def bench(arguments: argparse.Namespace, device: str) -> int:
         if kept:  # whatever may end the run later
             keep(rows, arguments.results, ran)
         if case.op in failed and not answers(device):
-            print("the GPU answers no more: the rest is left out")
-            late |= {one.op for one in chosen} - ran
+            print(f"left out, the GPU answers no more: {sorted({c.op for c in chosen} - ran)}")
             break
     if kept:
         print(f"wrote {keep(rows, arguments.results, ran | red)}")
