@@ -5,26 +5,28 @@ import signal
 import sys
 from contextlib import suppress
 from types import FrameType
-from typing import NoReturn
 
 
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    os.write(2, b"\ninterrupted\n")
-    os._exit(130)
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End the process on the spot while the command line or PyTorch is being imported.
+
+    An exception would meet code in mid-import, which may swallow it, or abort where it is in C++.
+    Nothing is open by then. Later it is Python's KeyboardInterrupt.
+    """
+    needed = ("qwen2audio_core.cli", "torch")
+    specs = [getattr(sys.modules.get(name), "__spec__", None) for name in needed]
+    if specs[0] is None or any(getattr(spec, "_initializing", False) for spec in specs):
+        os.write(2, b"\ninterrupted\n")
+        os._exit(130)
+    signal.default_int_handler(number, frame)
 
 
 def main() -> None:
-    """Import the command line and run it.
-
-    An exception out of Ctrl-C would meet code in mid-import, which may swallow it. Nothing is open
-    yet, so the process ends on the spot.
-    """
-    usual = signal.getsignal(signal.SIGINT)
-    if usual is signal.default_int_handler:  # and not ignored, as under nohup
-        signal.signal(signal.SIGINT, _leave)
+    """Import the command line and run it."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
+        signal.signal(signal.SIGINT, _interrupt)
     from qwen2audio_core import cli
 
-    signal.signal(signal.SIGINT, usual)
     try:
         cli.main()
     except SystemExit as stop:

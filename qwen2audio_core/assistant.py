@@ -7,6 +7,7 @@ Everything here is put together from the parts below it. People who change the m
     logits = model(batch.ids, batch.mel, batch.conv_frames)
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -76,10 +77,10 @@ class Stream:
                     self.replies[row],
                 )
                 piece = writer.push(token)
+                if answer.finish_reason or writer.stopped:
+                    piece += writer.finish()
                 if writer.stopped:
                     self._run.finish(row)
-                if answer.finish_reason:
-                    piece += writer.finish()
                 reply.text += piece
                 reply.ids, reply.finish_reason = answer.ids, answer.finish_reason
                 reply.logprobs = answer.logprobs
@@ -154,7 +155,8 @@ class Assistant:
         logprobs  also give each id's Likelihood, with so many alternatives
         system    replaces the published system prompt
         long      what to do with a clip of more than 30 s: "split", "cut" or "error"
-        notice    called with one line for everything worth knowing, such as a split
+        notice    called with one line for everything worth knowing, such as a split; without it
+                  Python's warnings say it
     """
 
     def __init__(self, model: Qwen2Audio, tokenizer: Tokenizer, settings: Settings, name: str = ""):
@@ -238,8 +240,10 @@ class Assistant:
 
     def _checked(self, prompt: Prompt, notice: Callable[[str], None] | None) -> Prompt:
         chat.check_length(prompt, self.model.config.text.max_position_embeddings)
-        if notice is not None:
-            for line in prompt.notices:
+        for line in prompt.notices:
+            if notice is None:
+                warnings.warn(line, stacklevel=3)
+            else:
                 notice(line)
         return prompt
 
@@ -358,6 +362,11 @@ def check_fit(folder: Path, model: Qwen2Audio, tokenizer: Tokenizer, settings: S
         )
     highest = max(len(tokenizer) - 1, settings.pad_token_id, *settings.eos_token_ids)
     if highest >= words:
+        if not (folder / "generation_config.json").exists():  # the published tokens are taken
+            raise CheckpointError(
+                f"{folder}: has no generation_config.json, and the published model's end token"
+                f" {highest} is beyond the {words} of these weights: fetch the checkpoint again"
+            )
         raise CheckpointError(
             f"{folder}: tokens reach {highest}, the weights know {words}; the files are of"
             " different models"

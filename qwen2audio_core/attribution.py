@@ -53,7 +53,7 @@ class Attribution:
 
 def answered(prompt: Prompt, answer: Sequence[int], model: Qwen2Audio, pad_id: int = 0) -> Batch:
     """One row of prompt and answer, on the model's device: what the methods here take."""
-    weight = model.language_model.lm_head.weight
+    weight = model.language_model.model.embed_tokens.weight  # the head's may be codes
     whole = replace(prompt, ids=[*prompt.ids, *answer])
     bins = model.config.audio.num_mel_bins
     return chat.collate([whole], pad_id, device=weight.device, num_mel_bins=bins)

@@ -36,6 +36,13 @@ BLOCK_SAMPLES = 2**23
 # Of all that FFmpeg opens, only containers of sound: a playlist could make it read other files.
 AV_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,aac,mp3,flac,ogg,wav,w64,aiff,caf,asf,amr,ac3"
 
+# Endings of files that sound is read from, in small letters. Others are tried too.
+SUFFIXES = {
+    *(".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf"),
+    *(".m4a", ".aac", ".mp4", ".mov", ".3gp", ".3g2", ".mkv", ".mka", ".webm"),  # through PyAV
+    *(".wma", ".asf", ".amr", ".ac3"),
+}
+
 Blocks = Generator[
     tuple[int, np.ndarray], None, None
 ]  # Hz, samples (n, channels) as load takes them
@@ -57,7 +64,7 @@ def source_name(source: Any) -> str:
     if re.match("https?://", name, re.I):  # credentials, keys and signatures
         name = re.sub("//[^/@]*@", "//", re.split("[?#]", name)[0], count=1)
     name = name if len(name) <= 200 else f"{name[:100]}...{name[-60:]}"
-    return name if name.isprintable() else repr(name)
+    return name if name.isprintable() and name else repr(name)
 
 
 # Where the bytes are
@@ -248,7 +255,11 @@ def decode(file: BinaryIO, name: str) -> Blocks:
         raise AudioError(f"{name}: raw samples do not say their rate: pass an array") from error
     with sound:
         rate, frames = sound.samplerate, sound.frames
-        run, stated = _mp3_length(file) if sound.format == "MP3" else (0, True)
+        starts, run, stated = _streams(file, sound.format)
+        if len(starts) > 1:  # of which libsndfile reads the first
+            for start, end in itertools.pairwise([*starts, size]):
+                yield from decode(io.BufferedReader(_Part(file, start, end)), name)
+            return
         # libsndfile stops an mp3 where the header, or a guess from the first frame, says; and it
         # cannot read a flac of unstated length, for which it gives 2^63 - 1.
         if run > frames + 4 * 1152 or frames >= 2**62:
@@ -304,23 +315,99 @@ def _check_end(file: BinaryIO, sound: Any, name: str) -> None:
             raise AudioError(f"{name}: cut short, its last ogg page is incomplete")
 
 
-def _mp3_length(file: BinaryIO) -> tuple[int, bool]:
-    # Samples in the unbroken run of frames from the first, and whether a header states the length.
+class _Part(io.RawIOBase):
+    # The bytes [start, end) of a file as a file.
+
+    def __init__(self, file: BinaryIO, start: int, end: int):
+        self._file, self._start, self._size, self._at = file, start, end - start, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        data = self._file.read(max(0, min(len(buffer), self._size - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _streams(file: BinaryIO, form: str) -> tuple[list[int], int, bool]:
+    # Where each of the recordings that were put one behind the other begins; for mp3 also the
+    # samples in the unbroken run of frames from the first, and whether a header states the length.
     position = file.tell()
+    try:
+        if form == "MP3":
+            return _mp3_streams(file)
+        starts = {"OGG": _ogg_streams, "FLAC": _flac_streams}.get(form, lambda _: [0])(file)
+        return starts, 0, True
+    finally:
+        file.seek(position)
+
+
+def _ogg_streams(file: BinaryIO) -> list[int]:
+    # RFC 3533, sections 4 and 6: streams that are mixed begin together, before any other page.
+    starts, offset, beginning = [], 0, False
+    while (
+        file.seek(offset) == offset and (page := file.read(27))[:4] == b"OggS" and len(page) == 27
+    ):
+        if page[5] & 2 and not beginning:
+            starts.append(offset)
+        beginning = bool(page[5] & 2)
+        offset += 27 + page[26] + sum(file.read(page[26]))
+    return starts or [0]
+
+
+def _flac_streams(file: BinaryIO) -> list[int]:
+    # RFC 9639, section 8: the marker and the header of STREAMINFO, 34 bytes, last block or not.
+    starts, offset, tail = [0], 4, b""
+    file.seek(offset)
+    while block := file.read(2**20):
+        for found in re.finditer(rb"fLaC[\x00\x80]\x00\x00\x22", tail + block):
+            starts.append(offset - len(tail) + found.start())
+        offset, tail = offset + len(block), block[-7:]
+    return starts
+
+
+def _mp3_streams(file: BinaryIO) -> tuple[list[int], int, bool]:
     file.seek(0)
-    head = file.read(10)
-    offset = 0
-    if head[:3] == b"ID3":  # its size in four digits of seven bits
-        offset = 10 + sum((byte & 127) << 7 * (3 - i) for i, byte in enumerate(head[6:10]))
+    offset = _mp3_tag(file.read(16))
     file.seek(offset)
     head = file.read(4096)
     stated = any(tag in head for tag in (b"Xing", b"Info", b"VBRI"))
     offset += next((i for i in range(len(head)) if _mp3_frame(head[i : i + 4])), 0)
-    run = 0
-    while file.seek(offset) == offset and (frame := _mp3_frame(file.read(4))):
-        offset, run = offset + frame[0], run + frame[1]
-    file.seek(position)
-    return run, stated
+    starts, run, begin = [0], 0, 0  # begin: where a recording behind a tag would
+    while file.seek(offset) == offset:
+        head = file.read(16)
+        if frame := _mp3_frame(head[:4]):
+            if begin:
+                starts.append(begin)
+            run, begin = run + frame[1] * (len(starts) == 1), 0
+            offset += frame[0]
+        elif tag := _mp3_tag(head):
+            begin = offset if head[:3] == b"ID3" else offset + tag  # the others stand at an end
+            offset += tag
+        else:
+            break
+    return starts, run, stated
+
+
+def _mp3_tag(head: bytes) -> int:
+    # Bytes of the ID3v2, ID3v1 or APEv2 tag that begins so, 0 for none.
+    if head[:3] == b"ID3" and len(head) >= 10:  # its size in four digits of seven bits
+        return 10 + sum((byte & 127) << 7 * (3 - i) for i, byte in enumerate(head[6:10]))
+    if head[:3] == b"TAG":
+        return 128
+    if head[:8] == b"APETAGEX" and len(head) >= 16:
+        return 32 + int.from_bytes(head[12:16], "little")
+    return 0
 
 
 def _mp3_frame(header: bytes) -> tuple[int, int] | None:
@@ -353,6 +440,11 @@ def _decode_av(file: BinaryIO, name: str, why: str) -> Blocks:
         with av.open(file, options=options, metadata_errors="ignore") as container:
             if not container.streams.audio:
                 raise AudioError(f"{name}: has no sound track")
+            if (tracks := len(container.streams.audio)) > 1:
+                raise AudioError(
+                    f"{name}: has {tracks} sound tracks, and which is meant is not said: take one"
+                    " out, such as with ffmpeg -i FILE -map 0:a:0 ONE.wav"
+                )
             stream = container.streams.audio[0]
             rate = stream.rate or 1
             # Interleaved, because PyAV 18.1 crashes on the planes of eight channels.

@@ -395,7 +395,7 @@ def _load(
     name = audio_files.source_name(source) if named else where
     if (
         rate is None
-        and not isinstance(source, (str, bytes, os.PathLike))
+        and not isinstance(source, (str, bytes, bytearray, memoryview, os.PathLike))
         and not hasattr(source, "read")
     ):
         rate = default_rate

@@ -9,6 +9,7 @@ if __name__ == "__main__":  # python -m qwen2audio_core.cli is python -m qwen2au
 
     run_module("qwen2audio_core", run_name="__main__")  # ends the process
 
+import io
 import json
 import os
 import shlex
@@ -59,11 +60,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-)
-
-CLIP_SUFFIXES = (
-    *(".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".webm", ".mp4"),
-    *(".aiff", ".aif", ".au"),
 )
 
 
@@ -123,12 +119,23 @@ def ask(
     from qwen2audio_core.audio_files import check_local
 
     message = user_turn(text, audio)  # before the model is loaded, as all that could be a slip
-    if text and text.lower().endswith(CLIP_SUFFIXES) and os.path.isfile(text):
-        raise InputError(f"{text} is a clip, not a question: give it as --audio {text}")
+    if text and _named_as_clip(text):
+        if os.path.isfile(text):
+            raise InputError(f"{text} is a clip, not a question: give it as --audio {text}")
+        if not any(map(str.isspace, text)):
+            raise InputError(f"{text}: no such file; clips go behind --audio")
     if raw and (text is None or system is not None):
         raise InputError("--raw takes TEXT as the whole prompt, and no --system")
     for clip in audio or ():
         check_local(clip)
+    drawing = _drawing(
+        greedy=greedy or None,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        max_new_tokens=max_new_tokens,
+    )
     began = time.perf_counter()
     assistant = load(model, device, dtype, no_pack, quantize)
     loaded = time.perf_counter()
@@ -138,17 +145,7 @@ def ask(
             if raw  # one placeholder holds one clip, so a raw prompt cannot be split
             else assistant.encode([message], system, long, note)
         )
-    stream = assistant.stream_prompts(
-        [prompt],
-        seed=seed,
-        stop=stop or (),
-        greedy=greedy or None,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        max_new_tokens=max_new_tokens,
-    )
+    stream = assistant.stream_prompts([prompt], seed=seed, stop=stop or (), **drawing)
     ready = time.perf_counter()
     for piece in stream:
         if not as_json:
@@ -206,14 +203,18 @@ def chat(
     """
     from qwen2audio_core.talk import Talk
 
+    if sys.stdin is None:
+        raise InputError("stdin is closed: chat reads its lines there")
     options = {
-        "greedy": greedy or None,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "repetition_penalty": repetition_penalty,
+        **_drawing(
+            greedy=greedy or None,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            max_new_tokens=max_new_tokens,
+        ),
         "seed": seed,
-        "max_new_tokens": max_new_tokens,
         "long": long,
         "notice": note,
     }
@@ -298,6 +299,12 @@ def transcribe(
     failed = len(there) < len(files)
     if not there:
         raise typer.Exit(2)
+    drawing = _drawing(
+        greedy=greedy or None,
+        temperature=temperature,
+        repetition_penalty=repetition_penalty,
+        max_new_tokens=max_new_tokens,
+    )
     assistant = load(model, device, dtype, no_pack, quantize)
     with (
         quiet_libraries(),
@@ -328,11 +335,8 @@ def transcribe(
             batch_size=batch_size,
             words=word_timestamps,
             notice=note,
-            greedy=greedy or None,
-            temperature=temperature,
-            repetition_penalty=repetition_penalty,
             seed=seed,
-            max_new_tokens=max_new_tokens,
+            **drawing,
         ):
             if outcome.transcript is None:
                 failed = True
@@ -343,7 +347,7 @@ def transcribe(
                 written = transcripts.FORMATS[formats[0]](outcome.transcript)
                 write(written if formats == ["json"] else printable(written))
             for path in outcome.files:
-                note(f"wrote {path}")
+                note(f"wrote {path if str(path).isprintable() else repr(str(path))}")
     if failed:
         raise typer.Exit(2)
 
@@ -412,6 +416,21 @@ app.command()(demo)
 app.command()(inspect)
 
 
+def _drawing(**changes: Any) -> dict[str, Any]:
+    """Options of how an answer is drawn, looked at before a model is loaded for them."""
+    from qwen2audio_core.assistant import change
+    from qwen2audio_core.sampling import Settings
+
+    change(Settings(), **changes)
+    return changes
+
+
+def _named_as_clip(word: str) -> bool:
+    from qwen2audio_core.audio_files import SUFFIXES
+
+    return os.path.splitext(word.lower())[1] in SUFFIXES
+
+
 def expand_clips(words: list[str]) -> list[str]:
     """Let one --audio take several files: `--audio a.wav b.wav` -> `--audio a.wav --audio b.wav`.
 
@@ -430,7 +449,9 @@ def expand_clips(words: list[str]) -> list[str]:
             taking = os.path.isfile(word) or (bare and word.startswith(URLS))
             if taking:
                 result.append("--audio")
-            elif word.lower().endswith(CLIP_SUFFIXES) or (bare and ("/" in word or os.sep in word)):
+            elif os.path.isdir(word):
+                raise InputError(f"{word}: is a folder; if it is the question, put it first")
+            elif _named_as_clip(word) or (bare and ("/" in word or os.sep in word)):
                 raise InputError(f"{word}: no such file; if it is the question, put it first")
         result.append(word)
     return result
@@ -444,6 +465,7 @@ app.command()(merge)
 def main() -> NoReturn:
     """Entry point of the console command."""
     usage_error: Any = typer.BadParameter.__base__
+    _mend_streams()
     try:
         words = expand_clips(sys.argv[1:]) or ["--help"]
         code = app(words, prog_name="qwen2audio", standalone_mode=False)
@@ -452,7 +474,7 @@ def main() -> NoReturn:
     except usage_error as error:
         told = error.format_message()
         extra = told.partition("Got unexpected extra argument")[2].rstrip(")").lower().split()
-        if any(word.endswith(CLIP_SUFFIXES) for word in extra):
+        if any(map(_named_as_clip, extra)):
             told += "; clips go behind --audio"
         where = error.ctx.command_path if error.ctx else "qwen2audio"
         if not error.ctx and not words[0].startswith("-"):
@@ -474,6 +496,16 @@ def main() -> NoReturn:
     if code == 130:  # Ctrl-C, which typer may have caught itself
         note("\ninterrupted")
     sys.exit(code or 0)
+
+
+def _mend_streams() -> None:
+    """Let there be streams to write to, that take every character."""
+    if sys.stderr is None:  # closed by whoever runs us; print() would turn to stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        sys.exit(_fail("stdout is closed: there is nowhere to put the answer"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _fail(line: str) -> int:

@@ -72,6 +72,7 @@ class Request:
         self._job = job
         self._clips = job.clips
         self._beginning = beginning
+        self._prefixes = engine.prefixes  # where its own are kept
         self._on_token, self._on_end = on_token, on_end
         self._top = top  # alternatives to each id
         self._wanted_end = ""  # what the caller asked for
@@ -141,7 +142,8 @@ class Engine:
     max_batch       conversations that are written at a time; more wait
     max_tokens      prompt and answer of each. Both together fix the cache: max_batch * max_tokens
                     * 0.5 MB in the published shape and bfloat16. A CPU fills it as it is used
-    prefix_bytes    what the prefix cache may hold beside the slots; 0 turns it off
+    prefix_bytes    what the prefix cache may hold beside the slots; 0 turns it off. `forget`
+                    empties it, for when the model has changed
     prefill_tokens  read at a time while others wait for their next token
     int8_cache      keys and values in half of bfloat16's memory; slots.SlotCache has its error
     deterministic   a conversation's tokens and logits are the same bits alone and in any company.
@@ -209,9 +211,11 @@ class Engine:
             raise
         self.prefixes = PrefixCache(0 if deterministic else prefix_bytes)
         self._waiting: deque[Request] = deque()
+        self._entering: list[Request] = []  # taken out of the queue, being read
         self._active: list[Request] = []  # of slot 0, 1, ...
         self._changed = threading.Condition()  # guards _waiting and _closed
         self._closed = False
+        self._mover: threading.Thread | None = None  # who is in `advance`
         self._thread: threading.Thread | None = None
         if worker:
             self._thread = threading.Thread(target=self._work, name="qwen2audio", daemon=True)
@@ -277,16 +281,22 @@ class Engine:
         requests = [self.submit(prompt, settings, seed) for prompt in prompts]
         return [request.result() for request in requests]
 
+    def forget(self) -> None:
+        """Empty the prefix cache. Call it when the model has changed, its weights or what fills its
+        op slots: what was read with the old one would go on serving the new one."""
+        self.prefixes = PrefixCache(self.prefixes.limit)  # what is being answered keeps to the old
+
     def close(self) -> None:
-        """Cancel what is left, end the thread, and give the model its op slots back."""
+        """Cancel what is left, end the thread, and give the model its op slots back. Called from
+        a request's own function it returns at once, and this is done after the step."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        if self._mover is threading.current_thread():
+            return
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        self._cancel_all(None)
-        if self._backend is not None:
-            self._backend.restore()
+        self._shut(None)
 
     def __enter__(self) -> "Engine":
         return self
@@ -343,23 +353,28 @@ class Engine:
                 self._changed.wait_for(lambda: self._closed or self._waiting or self._active)
                 if self._closed:
                     return
-            try:
-                self.advance()
-            except Exception as error:  # a fault of the engine's own: nobody may wait forever
-                with self._changed:
-                    self._closed = True
-                self._cancel_all(error)
-                raise
+            self.advance()
 
     def advance(self) -> bool:
         """Let requests leave and join, then write one id in each. Returns whether any are left."""
-        with torch.inference_mode(), self._on_device():
-            self._finish_where({})
-            group = self._next_group()
-            if group:
-                self._read(group)
-            if self._active:
-                self._write()
+        self._mover = threading.current_thread()
+        try:
+            with torch.inference_mode(), self._on_device():
+                self._finish_where({})
+                group = self._next_group()
+                if group:
+                    self._read(group)
+                if self._active:
+                    self._write()
+        except Exception as error:  # a fault of the engine's own: nobody may wait forever
+            with self._changed:
+                self._closed = True
+            self._shut(error)
+            raise
+        finally:
+            self._mover = None
+        if self._closed:
+            self._shut(None)
         return bool(self._active or self._waiting)
 
     def _next_group(self) -> list[tuple[Request, Beginning | None]]:
@@ -375,8 +390,9 @@ class Engine:
                 if group and (tokens > self.prefill_tokens or self._worth_waiting(request, group)):
                     break
                 request._job.start = request.reused = start
+                request._prefixes = self.prefixes
                 group.append((request, known))
-                self._waiting.popleft()
+                self._entering.append(self._waiting.popleft())
         return group
 
     def _worth_waiting(
@@ -392,29 +408,33 @@ class Engine:
         """Prefill requests into the next free slots, and hand out their first ids."""
         first = len(self._active)
         jobs = []
-        for row, (request, known) in enumerate(group, start=first):
+        for row, (request, _) in enumerate(group, start=first):
             request._stage("wait")
             job = request._job
             job.row = row
             places = runs(job.ids, self.config.audio_token_id)
             clips = zip(places, request._clips, strict=True)
             job.clips = [clip for (at, held), clip in clips if at + held > job.start]
-            if known is not None:
-                self.slots.cache.load(row, known.saved, job.start)
             jobs.append(job)
         try:
+            for job, (_, known) in zip(jobs, group, strict=True):
+                if known is not None:
+                    self.slots.cache.load(job.row, known.saved, job.start)
             news = self.slots.prefill(jobs)
         except Exception as error:
             for row in range(first, first + len(group)):
                 self.slots.clear(row)
             if len(group) == 1:
-                group[0][0]._close("error", error)
+                request = group[0][0]
+                self._entering.remove(request)
+                request._close("error", error)
             else:  # one of them is to blame
                 for one in group:
                     self._read([one])
             return
         for row, (request, _) in enumerate(group, start=first):
             request._stage("prefill")
+            self._entering.remove(request)
             self._active.append(request)
             self._keep(row, len(request._job.ids))
         self._hand_out(dict(enumerate(news, start=first)))
@@ -445,11 +465,12 @@ class Engine:
                 continue
             if ended:
                 stopped = token in request._job.settings.eos_token_ids
-                ends[row] = ("stop" if stopped else "length"), None
+                ends[row] = ("stop" if stopped else request._wanted_end or "length"), None
         self._finish_where(ends)
 
     def _finish_where(self, ends: dict[int, tuple[str, Exception | None]]) -> None:
         """End the requests of these rows, and those whose callers asked for it."""
+        over = []
         for row in reversed(range(len(self._active))):
             request = self._active[row]
             reason, error = ends.get(row, (request._wanted_end, None))
@@ -463,27 +484,39 @@ class Engine:
                 self._active[row] = self._active[last]
             self._active.pop()
             self.slots.clear(last)
+            over.append((request, reason, error))
+        for request, reason, error in over:  # its caller is told when all slots are in order
             request._close(reason, error)
 
     def _keep(self, row: int, length: int) -> None:
         """Put the first `length` ids of a row, all of them read, into the prefix cache."""
         request = self._active[row]
-        if not self.prefixes.limit or length < WORTH:
+        prefixes = request._prefixes
+        size = self.slots.cache.bytes(length)
+        if length < WORTH or size > prefixes.limit:
             return
         ids = (request._job.ids + request.ids)[:length]
         new = Beginning(ids, request._beginning.clips)
-        if not self.prefixes.holds(new):
+        if prefixes.holds(new):
+            return
+        prefixes.make_room(new, size)
+        try:
             new.saved = self.slots.cache.save(row, length)
-            self.prefixes.add(new)
+        except (RuntimeError, MemoryError):  # no memory for the copy: the answer matters more
+            return
+        prefixes.add(new)
 
-    def _cancel_all(self, error: Exception | None) -> None:
+    def _shut(self, error: Exception | None) -> None:
+        """End every request that is left, and give the model its op slots back."""
         reason = "cancelled" if error is None else "error"
         with self._changed:
-            left = [*self._active, *self._waiting]
-            self._active.clear()
-            self._waiting.clear()
+            left = [*self._active, *self._entering, *self._waiting]
+            for requests in (self._active, self._entering, self._waiting):
+                requests.clear()
         for request in left:
             request._close(reason, error)
+        if self._backend is not None:
+            self._backend.restore()
 
 
 def _kernels(backend: str, device: torch.device) -> Any:

@@ -19,7 +19,8 @@ class AudioError(InputError):
 
 
 class CheckpointError(InputError):
-    """A checkpoint that is missing, incomplete, malformed or of another model."""
+    """A checkpoint that is missing, incomplete, malformed, of another model, or whose weights give
+    numbers that are not finite."""
 
 
 class PromptError(InputError):

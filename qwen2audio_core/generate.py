@@ -90,9 +90,9 @@ class Generation:
         return any(not answer.finish_reason for answer in self.answers)
 
     def finish(self, row: int) -> None:
-        """End a row here, for the caller's own reason. The token it last got stays."""
-        if not self.answers[row].finish_reason:
-            self.answers[row].finish_reason = "stop"
+        """End a row here, for the caller's own reason. The token it last got stays, and if it was
+        the last one allowed, the reason is the caller's all the same."""
+        self.answers[row].finish_reason = "stop"
 
     def step(self) -> list[tuple[int, int]]:
         """Write one token in every running row. Returns (row, id) of each."""

@@ -56,6 +56,8 @@ def find(
     errors     CheckpointError; after a failed download the next call fetches only what is missing
     """
     text = os.fspath(model)
+    if not text:
+        raise CheckpointError("the model's name is empty: give a folder or a hub id")
     folder = Path(os.path.expanduser(text))
     if not os.path.isdir(folder):
         if os.path.exists(folder):

@@ -10,7 +10,6 @@ import math
 import os
 import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,32 +67,43 @@ class PackedLinear:
     """Fills the slot of one layer; packs its weight at the first call.
 
     The packed copy takes as much memory as the weight. A weight mapped from a file is not read
-    again, and the system may drop its pages. A weight that changes is packed anew, and where a
-    gradient is wanted F.linear runs.
+    again, and the system may drop its pages. A weight that changes is packed anew, if PyTorch
+    counts the change: not one through `weight.data`, nor one of a tensor made in inference mode.
+    After such a change fill the slots again: backends.use(model). Where a gradient is wanted, or
+    the weight has become one that is not packed, F.linear runs.
     """
 
     def __init__(self) -> None:
-        self._source: tuple[weakref.ref[Tensor], int, int] | None = None
-        self._packed: Tensor | None = None
+        self._held: _Packed | None = None
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """y = x weight^T + bias; x (..., K), weight (N, K), bias (N,), returns (..., N)."""
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return F.linear(x, weight, bias)
-        if self._packed is None or not self._current(weight):
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
-            self._source = (weakref.ref(weight), weight.data_ptr(), _version(weight))
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+        held = self._held  # read once: another thread may be packing too
+        if held is None or not held.is_of(weight):
+            held = self._held = _Packed(weight)
+        if held.packed is None:
+            return F.linear(x, weight, bias)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, held.packed, bias, "none", [], "")
         return y
 
-    def _current(self, weight: Tensor) -> bool:
-        assert self._source is not None
-        known, address, version = self._source
-        same = known() is weight and address == weight.data_ptr()
-        return same and version == _version(weight)
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return PackedLinear, ()  # a packed tensor cannot be copied; the twin packs for itself
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
-        return PackedLinear()  # a packed tensor cannot be copied; the twin packs for itself
+
+class _Packed:
+    """A weight in oneDNN's order, or None in its place, and what the weight was then."""
+
+    def __init__(self, weight: Tensor):
+        self.packed: Tensor | None = None
+        if not why_not_packed(weight):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        self._source = weakref.ref(weight)
+        self._state = weight.data_ptr(), _version(weight)
+
+    def is_of(self, weight: Tensor) -> bool:
+        return self._source() is weight and self._state == (weight.data_ptr(), _version(weight))
 
 
 def _version(weight: Tensor) -> int:

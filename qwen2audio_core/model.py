@@ -134,7 +134,7 @@ def check_places(held: Sequence[int], needed: Sequence[int]) -> None:
     """Raise PromptError where runs of places and clips differ in number, or a pair in length."""
     if len(held) != len(needed):
         line = f"{len(needed)} clips were given, the prompt has places for {len(held)}"
-        if len(held) < len(needed) and sum(held) == sum(needed):
+        if len(held) < len(needed) and sum(held) == sum(needed) and all(needed):
             line += (
                 ": the places of two clips touch and count as one;"
                 " put <|audio_eos|><|audio_bos|> between them"

@@ -119,12 +119,12 @@ class Alone(Projection):
         sizes: Sequence[int] | None = None,
     ):
         super().__init__(sizes or [layer.out_features], None, None)
-        if isinstance(layer, QuantizedLinear):
-            layer.deterministic = deterministic
         self.layer = layer
+        coded = isinstance(layer, QuantizedLinear)
+        self._options = {"deterministic": deterministic} if coded else {}
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = self.layer.forward(x)  # a weight alone runs no hooks either
+        y = self.layer.forward(x, **self._options)  # a weight alone runs no hooks either
         return y if residual is None else residual + y
 
 

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import islice, zip_longest
 
 from torch import Tensor
 
@@ -51,9 +51,9 @@ class Beginning:
             same = min(same + WORTH, shortest)
         while same < shortest and self.ids[same] == other.ids[same]:
             same += 1
-        for (start, mine), (_, theirs) in zip(self.clips, other.clips, strict=False):
-            if start < same and mine != theirs:
-                return start
+        for mine, theirs in zip_longest(self.clips, other.clips, fillvalue=(same, b"")):
+            if mine != theirs:  # or only one of them has a clip there
+                return min(same, mine[0], theirs[0])
         return same
 
 
@@ -109,18 +109,22 @@ class PrefixCache:
         """Keep a conversation instead of those that it continues."""
         if new.bytes > self.limit or not new.keys:
             return
-        for key in new.keys:
-            for number in list(self._ends.get(key, ())):
-                entry = self._entries[number]
-                if entry.shared(new) == len(entry.ids):
-                    self._remove(number)
+        self.make_room(new, new.bytes)
         self._count += 1
         self._entries[self._count] = new
         self.bytes += new.bytes
         for key in new.keys:
             self._blocks.setdefault(key, {})[self._count] = None
         self._ends.setdefault(new.keys[-1], {})[self._count] = None
-        while self.bytes > self.limit:
+
+    def make_room(self, new: Beginning, size: int) -> None:
+        """Remove what `new` continues, then the oldest, until `size` bytes for it fit."""
+        for key in new.keys:
+            for number in list(self._ends.get(key, ())):
+                entry = self._entries[number]
+                if entry.shared(new) == len(entry.ids):
+                    self._remove(number)
+        while self._entries and self.bytes + size > self.limit:
             self._remove(next(iter(self._entries)))
 
     def _remove(self, number: int) -> None:

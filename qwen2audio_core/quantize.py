@@ -126,7 +126,6 @@ class QuantizedLinear(nn.Module):
     bias             (N,) or None, in the model's dtype
     outputs          N, which int4 rounds up to whole blocks
     form             of int4 codes that are not as stored; see `settle`
-    deterministic    attribute; True: a row's result is bit for bit the same alone and among others
     """
 
     qweight: Tensor
@@ -148,7 +147,6 @@ class QuantizedLinear(nn.Module):
             self.in_features *= 2
         self.group = self.in_features if self.bits == 8 else self.in_features // len(scales)
         self.form = form  # of the int4 codes: outputs in a block, or ROWS
-        self.deterministic = False
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
@@ -217,20 +215,23 @@ class QuantizedLinear(nn.Module):
             codes = F.pad(torch.cat([codes for codes, _ in rows]), (0, 0, 0, rest))
             qweight = _pack(codes, BLOCK)
             scales = F.pad(torch.cat([scales for _, scales in rows], 1), (0, 0, 0, rest))
-        biases = [
-            scales.new_zeros(part.out_features) if part.bias is None else part.bias
-            for part in parts
-        ]
-        bias = torch.cat(biases) if any(part.bias is not None for part in parts) else None
+        some = next((part.bias for part in parts if part.bias is not None), None)
+        bias = None
+        if some is not None:
+            zeros = (some.new_zeros(part.out_features) for part in parts)
+            pairs = zip(zeros, parts, strict=True)
+            bias = torch.cat([z if part.bias is None else part.bias for z, part in pairs])
         return cls(qweight, scales, bias, outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        few = self.deterministic or x.numel() <= FEW * self.in_features
+    def forward(self, x: Tensor, deterministic: bool = False) -> Tensor:
+        """y = x w^T + bias. With `deterministic` a row's result is bit for bit the same alone and
+        among others."""
+        few = deterministic or x.numel() <= FEW * self.in_features
         few = few or (self.qweight.is_mkldnn and x.dtype != torch.float32)
         gradient = torch.is_grad_enabled() and x.requires_grad
         if few and not gradient and x.dtype != torch.float64:
             if self.for_kernel and (self.form == ROWS or _triton(x.device)):
-                return self._on_triton(x)
+                return self._on_triton(x, deterministic)
             if x.device.type == "cpu" and (self.bits == 8 or self.form == _cpu_block()):
                 return self._on_cpu(x)
         pieces, codes = _pieces(self.out_features, self.in_features, x.device), self.codes
@@ -289,9 +290,9 @@ class QuantizedLinear(nn.Module):
         )
         return y if self.bias is None else y + self.bias
 
-    def _on_triton(self, x: Tensor) -> Tensor:
+    def _on_triton(self, x: Tensor, deterministic: bool) -> Tensor:
         y: Tensor = _kernels().linear(
-            x, self.codes, self.bias, self.scales, deterministic=self.deterministic
+            x, self.codes, self.bias, self.scales, deterministic=deterministic
         )
         return y
 

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen2audio_core.errors import InputError
+from qwen2audio_core.errors import CheckpointError, InputError
+
+NOT_FINITE = (
+    "the model's logits are not finite, so no token can be chosen: in float16 sums overflow that"
+    " bfloat16 and float32 hold, otherwise the weights are damaged"
+)
 
 
 @dataclass(frozen=True)
@@ -69,15 +74,19 @@ def choose(
     new_tokens  how many of them were generated
     generator   source of randomness; None for PyTorch's global one. Each call draws once.
     returns     (B,)  ids
+    errors      CheckpointError where a row's logits are not finite
     """
     scores = logits.float()
     if settings.repetition_penalty != 1.0:
         scores = penalise_repetition(scores, history, settings.repetition_penalty)
     if new_tokens < settings.min_new_tokens:
-        ends = torch.tensor(settings.eos_token_ids, device=scores.device)
+        ends = torch.tensor(settings.eos_token_ids, dtype=torch.long, device=scores.device)
         scores = scores.index_fill(-1, ends, float("-inf"))
+    highest, ids = scores.max(-1)
+    if not highest.isfinite().all():
+        raise CheckpointError(NOT_FINITE)
     if not settings.do_sample:
-        return scores.argmax(-1)
+        return ids
     scores = scores / settings.temperature
     if settings.top_k:
         scores = keep_top_k(scores, settings.top_k)

@@ -12,6 +12,7 @@ that has ended is computed and changes nothing.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
@@ -24,10 +25,11 @@ from qwen2audio_core import ops
 from qwen2audio_core.config import TextConfig
 from qwen2audio_core.decoder import DecoderLayer
 from qwen2audio_core.encoder import EncoderLayer
+from qwen2audio_core.errors import CheckpointError
 from qwen2audio_core.frontend import clip_lengths, log_mel
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.packing import Projection, projection
-from qwen2audio_core.sampling import Likelihood, Settings, choose, log_probabilities
+from qwen2audio_core.sampling import NOT_FINITE, Likelihood, Settings, choose, log_probabilities
 
 MAX_ENDS = 16  # end tokens a conversation can have
 MAX_TOP = 20  # alternatives to a token whose log-probabilities can be asked for
@@ -88,6 +90,10 @@ class SlotCache:
         k_scale, v_scale = (scale[layer, rows, :length, :, None] for scale in self.scales)
         return (k * k_scale).to(self.dtype), (v * v_scale).to(self.dtype)
 
+    def bytes(self, length: int) -> int:
+        """What a copy of so many positions of a row takes."""
+        return sum(tensor[:, 0, :length].nbytes for tensor in self.tensors)
+
     def save(self, row: int, length: int) -> Saved:
         """A copy of the first `length` positions of a row."""
         return [tensor[:, row, :length].clone() for tensor in self.tensors]
@@ -145,7 +151,10 @@ class PlainSampler:
             ids = slots.ids[rows, : len(columns)]
             # What lies behind a row's end must not count: its first id stands in its place.
             history = torch.where(columns < slots.lengths[rows, None], ids, ids[:, :1])
-            return choose(logits, history, min(several[1]), settings)
+            with suppress(
+                CheckpointError
+            ):  # logits that are not finite: of which rows is told below
+                return choose(logits, history, min(several[1]), settings)
         counts = zip(*several, strict=True)
         tokens = []
         for i, (length, written) in enumerate(counts):
@@ -153,8 +162,7 @@ class PlainSampler:
             history = slots.ids[None, rows.start + i, :length]
             try:
                 token = choose(logits[i : i + 1], history, written, settings, generator)
-            except Exception as error:  # logits that are not finite: no other row's concern
-                slots.failures[rows.start + i] = error
+            except CheckpointError:  # logits that are not finite: no other row's concern
                 token = history[:, -1]
             tokens.append(token)
         return torch.cat(tokens)
@@ -315,7 +323,7 @@ class Slots:
         self.budget = state(slots)
         self.ends = state(slots, MAX_ENDS, fill=-1)
         self.ended = state(slots, fill=True)
-        self._news = state(2, slots)  # last ids, and whether their rows ended
+        self._news = state(3, slots)  # last ids, whether their rows ended, and were finite
         self._top = min(MAX_TOP, text.vocab_size)
         # Log-probabilities of the last ids, each followed by those of the likeliest.
         self._logprobs = torch.zeros(slots, 1 + self._top, device=device)
@@ -392,6 +400,7 @@ class Slots:
 
     def move(self, source: int, target: int) -> None:
         """Take the conversation of one row to another; the source stays as a copy."""
+        self.clear(target)  # what was there may be longer
         self.cache.move(source, target, self._known[source])
         for tensor in (self.ids, self.lengths, self.written, self.budget, self.ends, self.ended):
             tensor[target] = tensor[source]
@@ -505,6 +514,7 @@ class Slots:
         self.ended[rows] |= stop | (self.written[rows] >= self.budget[rows])
         self._news[0, rows] = tokens
         self._news[1, rows] = self.ended[rows].long()
+        self._news[2, rows] = logits.amax(-1).isfinite().long()
 
     def _weigh(self, logits: Tensor, rows: slice) -> None:
         """Log-probabilities of what was drawn last from logits (n, V), for `likelihood`."""
@@ -514,7 +524,11 @@ class Slots:
         self._likeliest[rows] = ids
 
     def _tell(self, rows: slice) -> list[tuple[int, bool]]:
-        tokens, ended = self._news[:, rows].tolist()  # the one place that waits for the device
+        # The one place that waits for the device.
+        tokens, ended, finite = self._news[:, rows].tolist()
+        for row, fine in enumerate(finite, start=rows.start):
+            if not fine:
+                self.failures[row] = CheckpointError(NOT_FINITE)
         return [(token, bool(end)) for token, end in zip(tokens, ended, strict=True)]
 
     # --- the arithmetic ---------------------------------------------------------------------------

@@ -141,7 +141,8 @@ class Talk:
         if not name.startswith(URLS) and not os.path.isfile(name):
             asked = " " in file and os.path.isfile(file.split(" ")[0])
             hint = "; the question goes on a line of its own" if asked else ""
-            raise InputError(f"{source_name(name)}: no such file{hint}")
+            what = "is a folder" if os.path.isdir(name) else f"no such file{hint}"
+            raise InputError(f"{source_name(name)}: {what}")
         self.clips.append(name)
         self.show(f"{source_name(name)} goes with your next turn.\n")
 

@@ -157,7 +157,8 @@ def transcribe(
     prompt       what stands behind the clip instead of the published prompt, taken as it is;
                  special tokens in it are tokens. A language's tag is its own part of it, so
                  `language` must be None
-    translate    put it into English, with the published prompt for that
+    translate    put it into English, with the published prompt for that; a `prompt` given beside
+                 it has to ask for that itself
     batch_size   windows answered at once; fewer need less memory
     words        also time every word, by one more run over each window: see word_times.py
     notice       called with one line when an answer was cut off by max_new_tokens

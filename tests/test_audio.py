@@ -372,6 +372,67 @@ def test_flac_without_a_length_is_read_whole() -> None:
     assert torch.equal(audio.load(bytes(data)), expected)
 
 
+MP3 = {"format": "MP3", "subtype": "MPEG_LAYER_III"}
+ID3 = b"ID3\x04\0\0\0\0\x02\x01" + bytes(257)
+ID3V1 = b"TAG" + bytes(125)
+APE = b"APETAGEX" + struct.pack("<4I", 2000, 32 + 7, 1, 0xA0000000) + bytes(8 + 39)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tag"),
+    [
+        ({"format": "OGG", "subtype": "VORBIS"}, b""),
+        ({"format": "OGG", "subtype": "OPUS"}, b""),
+        ({"format": "FLAC", "subtype": "PCM_16"}, b""),
+        ({"format": "FLAC", "subtype": "PCM_24"}, ID3),
+        (MP3, ID3),
+        (MP3, ID3V1),
+        (MP3, ID3V1 + ID3),
+        (MP3, APE),
+        (MP3, APE + ID3V1),
+    ],
+    ids=["vorbis", "opus", "flac", "flac, ID3v2", "ID3v2", "ID3v1", "both", "APE", "APE, ID3v1"],
+)
+def test_recordings_one_behind_the_other_are_all_heard(kind: dict[str, str], tag: bytes) -> None:
+    """libsndfile reads the first and stops. `cat` makes such files, and radio streams are."""
+    parts = [encode(noise(count, seed=count), **kind) for count in (32_000, 48_000, 16_000)]
+    expected = torch.cat([audio.load(part) for part in parts])
+    assert len(expected) == 96_000
+    assert torch.equal(audio.load(tag.join(parts)), expected)
+    assert torch.equal(audio.load(tag.join((*parts, b""))), expected)  # a tag at the end is none
+    refused(tag.join(parts)[:-800], "broken or cut short|cut short")
+
+
+def test_recordings_one_behind_the_other_have_one_rate() -> None:
+    kind = {"format": "FLAC", "subtype": "PCM_16"}
+    both = encode(noise(16_000), **kind) + encode(noise(16_000), 48_000, **kind)
+    refused(both, "its rate changes from 16000 to 48000 Hz midway")
+
+
+def test_mixed_ogg_streams_are_no_second_recording() -> None:
+    """Sound beside pictures: both begin before any other page."""
+    data = encode(noise(32_000), format="OGG", subtype="VORBIS")
+    first = 27 + data[26] + sum(data[27 : 27 + data[26]])
+    other = bytearray(data[:first])
+    other[14:18] = b"else"
+    assert audio_files._ogg_streams(io.BytesIO(bytes(other) + data)) == [0]
+    assert audio_files._ogg_streams(io.BytesIO(data + data)) == [0, len(data)]
+
+
+def test_of_several_tracks_none_is_left_out_in_silence() -> None:
+    av = pytest.importorskip("av")
+    file = io.BytesIO()
+    with av.open(file, "w", format="mov") as container:
+        streams = [container.add_stream("pcm_s16le", rate=16_000, layout="mono") for _ in range(2)]
+        for i, stream in enumerate(streams):
+            samples = (noise(1, 4096, seed=i) * 2**15).astype(np.int16)
+            frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+            frame.sample_rate, frame.pts = 16_000, 0
+            for packet in (*stream.encode(frame), *stream.encode(None)):
+                container.mux(packet)
+    refused(file.getvalue(), "has 2 sound tracks, and which is meant is not said")
+
+
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFF000, 8000 + 44])
 def test_wav_of_a_pipe_or_a_sloppy_writer(size: int) -> None:
     data = bytearray(encode(noise(4000), subtype="PCM_16"))

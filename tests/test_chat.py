@@ -361,6 +361,14 @@ def wav_bytes(samples: int, path: Path) -> bytes:
     return path.read_bytes()
 
 
+def test_files_in_memory_state_their_own_rate(tokenizer, tmp_path):
+    pytest.importorskip("soundfile")
+    held = wav_bytes(16000, tmp_path / "a.wav")
+    for kind in (bytes, bytearray, memoryview):
+        turn = {"role": "user", "content": [{"type": "audio", "audio": kind(held)}]}
+        assert len(encode([turn], tokenizer, sampling_rate=8000).clips[0]) == 16000
+
+
 def test_wrong_in_reference_openai_audio_is_ignored(tokenizer, processor, tmp_path):
     pytest.importorskip("soundfile")
     data = base64.b64encode(wav_bytes(16000, tmp_path / "a.wav")).decode()

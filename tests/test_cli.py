@@ -212,6 +212,11 @@ def test_dtype_and_device(run, question):
         (["x", "--audio", "no-such.wav"], "no-such.wav"),
         (["--audio", "a", "no-such.wav"], "no-such.wav: no such file; if it is the question"),
         (["--audio=a", "clips/no-such"], "clips/no-such: no such file; if it is the question"),
+        (["--audio", "a", "no-such.mov"], "no-such.mov: no such file; if it is the question"),
+        (["--audio", "a", "folder"], "folder: is a folder; if it is the question"),
+        (["no-such.wma"], "no-such.wma: no such file; clips go behind --audio"),
+        (["x", "--model", ""], "the model's name is empty"),
+        (["x", "--audio", ""], "'': cannot open it"),
         (["x", "--model", "no/such/folder"], "no/such/folder: no such folder"),
         (["x", "--model", "Qwen/Qwen2-Audio-7B-Instruct"], "Qwen/Qwen2-Audio-7B-Instruct: off"),
         (["--raw", "--audio", "x.wav"], "--raw takes TEXT as the whole prompt"),
@@ -226,7 +231,53 @@ def test_dtype_and_device(run, question):
 def test_bad_input_is_one_line_and_exit_code_2(run, monkeypatch, tmp_path, words, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
+    (tmp_path / "folder").mkdir()
     assert message in failure(run("ask", *words))
+
+
+@pytest.mark.parametrize("words", [("chat",), ("ask", "x"), ("transcribe", "QUESTION")])
+def test_slips_are_told_of_before_the_model_is_read(run, question, no_model, words):
+    words = [question if word == "QUESTION" else word for word in words]
+    assert "greedy decoding draws nothing" in failure(
+        run(*words, "--greedy", "--temperature", "0.5")
+    )
+    assert "max_new_tokens is 0" in failure(run(*words, "--max-new-tokens", "0"))
+
+
+def test_a_question_may_speak_of_a_file(run):
+    assert run("ask", "What is in clip.wav", "--max-new-tokens", 1)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("redirect", "code", "message"),
+    [
+        (">&-", 2, "error: stdout is closed: there is nowhere to put the answer"),
+        ("2>&-", 0, ""),
+        ("<&-", 0, ""),
+    ],
+)
+def test_streams_that_are_closed(redirect, code, message):
+    command = f"'{sys.executable}' -m qwen2audio_core ask x --max-new-tokens 1 {redirect}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == code and bool(done.stdout) == (code == 0)
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_chat_without_lines_to_read():
+    command = f"'{sys.executable}' -m qwen2audio_core chat <&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2 and "stdin is closed" in done.stderr
+
+
+def test_a_terminal_that_knows_few_letters():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    words = ["ask", "x", "--audio", CLIPS / "zh_weather.flac", "--greedy", "--max-new-tokens", "9"]
+    done = subprocess.run(
+        [sys.executable, "-m", "qwen2audio_core", *map(str, words)],
+        capture_output=True,
+        env=environment,
+    )
+    assert done.returncode == 0 and done.stdout.isascii()
 
 
 def test_a_prompt_longer_than_the_context(run):
@@ -255,6 +306,8 @@ def test_a_clip_that_cannot_be_read_can_be_dropped(tmp_path, question):
     assert len(talk.chat.messages) == 2 and not talk.clips
     assert complaints[0].endswith(", or /drop takes the clips of this turn away")
     assert complaints[1].endswith("no such file; the question goes on a line of its own")
+    _, complaints, _ = talk_with(assistant.load("random"), [f"/audio {tmp_path}"])
+    assert complaints[0].endswith("is a folder")
 
 
 def test_a_transcript_for_one_file_is_not_put_into_a_folder(run, question, tmp_path):

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten
 from qwen2audio_core import chat, ops, quantize
 from qwen2audio_core.assistant import load, user_turn
 from qwen2audio_core.engine import Engine
-from qwen2audio_core.errors import InputError, PromptError
+from qwen2audio_core.errors import CheckpointError, InputError, PromptError
 from qwen2audio_core.generate import Generation, generate
 from qwen2audio_core.packing import pack
 from qwen2audio_core.prefix_cache import Beginning, PrefixCache, digest, runs
@@ -679,8 +679,62 @@ def test_clips_are_known_by_their_samples():
     assert mine.shared(Beginning(ids, [(40, b"a")])) == 90
     assert mine.shared(Beginning(ids, [(40, b"b")])) == 40
     assert mine.shared(Beginning(ids[:30], [])) == 30
+    assert mine.shared(Beginning(ids, [])) == Beginning(ids, []).shared(mine) == 40  # no clip there
     assert runs(ids, 9) == [(40, 10)]
     assert runs([9, 9, 1, 9], 9) == [(0, 2), (3, 1)]
+
+
+def test_a_copy_that_finds_no_memory_costs_nobody_an_answer(assistant, monkeypatch):
+    prompts = mixed(assistant, 3)
+    with engine_of(assistant, max_batch=3) as engine:
+
+        def full(row, length):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(engine.slots.cache, "save", full)
+        for prompt, answer in zip(prompts, engine.generate(prompts, GREEDY), strict=True):
+            assert answer.ids == alone(assistant.model, prompt, GREEDY).ids
+        assert len(engine.prefixes) == 0
+
+
+def test_memory_is_made_before_the_copy_and_none_is_made_in_vain(assistant, monkeypatch):
+    prompts = mixed(assistant, 6)
+    with engine_of(assistant) as engine:
+        needed = [engine.slots.cache.bytes(len(prompt.ids) + 11) for prompt in prompts]
+    limit = sorted(needed)[-2]  # what is longest is never kept
+    with engine_of(assistant, prefix_bytes=limit) as engine:
+        save = engine.slots.cache.save
+        copied = []
+
+        def watched(row, length):
+            saved = save(row, length)
+            copied.append(sum(tensor.nbytes for tensor in saved))
+            assert engine.prefixes.bytes + copied[-1] <= limit
+            assert copied[-1] == engine.slots.cache.bytes(length)
+            return saved
+
+        monkeypatch.setattr(engine.slots.cache, "save", watched)
+        engine.generate(prompts, GREEDY)
+        assert max(copied) <= limit < max(needed) and engine.prefixes.bytes > 0
+
+
+def test_a_model_that_has_changed_is_forgotten(assistant):
+    model = fresh()
+    prompt = mixed(assistant, 1)[0]
+    with Engine(model, max_batch=2, max_tokens=512, worker=False) as engine:
+        running = engine.submit(prompt, GREEDY)
+        engine.advance()
+        before = alone(model, prompt, GREEDY).ids
+        with torch.no_grad():
+            model.language_model.model.embed_tokens.weight.mul_(-1.5)
+        KNOWN.clear()
+        after = alone(model, prompt, GREEDY).ids
+        assert after != before
+        assert engine.generate([prompt], GREEDY)[0].ids != after  # half of it the old model's
+        engine.forget()
+        assert len(engine.prefixes) == 0
+        running.result()  # which ends as neither, and is not kept
+        assert engine.generate([prompt], GREEDY)[0].ids == after
 
 
 # --- many callers ---------------------------------------------------------------------------------
@@ -762,6 +816,14 @@ def test_the_caller_ends_an_answer(assistant):
         assert len(got) == 5 and two.finish_reason == "stop"
 
 
+def test_the_callers_end_at_the_last_token_is_the_callers(assistant):
+    prompt = mixed(assistant, 1)[0]
+    with engine_of(assistant) as engine:
+        count = GREEDY.max_new_tokens
+        one = engine.submit(prompt, GREEDY, on_token=lambda _: len(one.ids) == count)
+        assert one.result().finish_reason == "stop" and len(one.ids) == count
+
+
 def test_the_end_is_told_once_however_it_comes(assistant, monkeypatch):
     prompts = mixed(assistant, 6)
     told = []
@@ -827,10 +889,11 @@ def test_an_error_in_one_request_is_its_own(assistant, monkeypatch):
                 assert request.result().ids == expected[i]
 
 
-def test_logits_that_are_not_finite_end_one_row(assistant, monkeypatch):
+@pytest.mark.parametrize("settings", [DRAWN, GREEDY])
+def test_logits_that_are_not_finite_end_one_row(assistant, settings):
     prompts = mixed(assistant, 3)
     with engine_of(assistant, max_batch=3, prefix_bytes=0) as engine:
-        requests = [engine.submit(prompt, DRAWN, seed=i) for i, prompt in enumerate(prompts)]
+        requests = [engine.submit(prompt, settings, seed=i) for i, prompt in enumerate(prompts)]
         engine.advance()
         head = engine.slots.head
 
@@ -843,9 +906,9 @@ def test_logits_that_are_not_finite_end_one_row(assistant, monkeypatch):
         engine.advance()
         engine.slots.head = head
         for i in (0, 2):
-            expected = alone(assistant.model, prompts[i], DRAWN, seed=i).ids
+            expected = alone(assistant.model, prompts[i], settings, seed=i).ids
             assert requests[i].result().ids == expected
-        with pytest.raises((RuntimeError, IndexError)):  # whatever choose makes of it
+        with pytest.raises(CheckpointError, match="not finite"):
             requests[1].result()
         # Whatever the row held, the next conversation there is as in any other.
         assert (
@@ -934,6 +997,50 @@ def test_a_fault_of_the_engine_reaches_every_caller(assistant, monkeypatch):
     engine.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("worker", [False, True])
+def test_a_fault_while_a_group_is_read_reaches_all_of_it(assistant, monkeypatch, worker):
+    engine = engine_of(assistant, max_batch=4, worker=worker)
+
+    def broken(row, length):
+        raise AssertionError("a mistake")
+
+    monkeypatch.setattr(engine, "_keep", broken)
+    with engine._changed:  # the worker finds all three
+        requests = [engine.submit(prompt, GREEDY) for prompt in mixed(assistant, 3)]
+    for request in requests:
+        with pytest.raises(AssertionError, match="a mistake"):
+            request.result(10)
+        assert request.finish_reason == "error"
+    assert not engine.open and (engine.active, engine.waiting) == (0, 0)
+    engine.close()
+
+
+@pytest.mark.parametrize("worker", [False, True])
+@pytest.mark.parametrize("event", ["on_token", "on_end"])
+def test_a_request_may_close_the_engine(assistant, worker, event):
+    engine = engine_of(assistant, max_batch=3, worker=worker)
+
+    def close(*_):
+        engine.close()
+
+    prompts = mixed(assistant, 5)
+    short = replace(GREEDY, max_new_tokens=3)
+    with engine._changed:
+        requests = [engine.submit(prompt, GREEDY) for prompt in prompts[:2]]
+        requests.insert(1, engine.submit(prompts[2], short, **{event: close}))
+        requests += [engine.submit(prompt, GREEDY) for prompt in prompts[3:]]
+    while not worker and engine.advance():
+        pass
+    reasons = [request.result(10).finish_reason for request in requests]
+    assert reasons[1] == ("length" if event == "on_end" else "cancelled")
+    assert {*reasons[:1], *reasons[2:]} == {"cancelled"}
+    if worker:
+        engine._thread.join(10)
+        assert not engine._thread.is_alive()
+    engine.close()
+
+
 # --- memory and numbers ---------------------------------------------------------------------------
 
 
@@ -988,6 +1095,21 @@ def test_slots_forget_what_they_held(assistant):
         assert slots.cache.keys.any()
         slots.clear(0)
         assert not slots.cache.keys.any() and not slots.cache.values.any()
+
+
+def test_what_a_row_held_spoils_no_other(assistant):
+    """Keys and values that are not finite, behind a shorter conversation that took their slot."""
+    prompts = sorted(mixed(assistant, 6), key=lambda prompt: -len(prompt.ids))
+    with engine_of(assistant, max_batch=3, prefix_bytes=0) as engine:
+        first, *others = [engine.submit(prompts[i], GREEDY) for i in (0, 4, 5)]
+        engine.advance()
+        with torch.inference_mode():
+            for tensor in engine.slots.cache.tensors:
+                tensor[:, 0, : len(prompts[0].ids)] = float("nan")
+        first.cancel()
+        others += [engine.submit(prompts[i], GREEDY) for i in (1, 5)]
+        for request, i in zip(others, (4, 5, 1, 5), strict=True):
+            assert request.result().ids == alone(assistant.model, prompts[i], GREEDY).ids
 
 
 def test_an_engine_that_cannot_be_made_leaves_the_model_as_it_was(monkeypatch):

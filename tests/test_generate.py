@@ -210,6 +210,10 @@ def test_stop_string_ends_an_answer(assistant):
     reply = assistant.ask("Hello", noise(), stop=[middle], **options)
     assert reply.text == whole[: whole.index(middle)]
     assert reply.finish_reason == "stop"
+    last = assistant.ask(
+        "Hello", noise(), stop=[middle], **options | {"max_new_tokens": len(reply.ids)}
+    )
+    assert (last.text, last.ids, last.finish_reason) == (reply.text, reply.ids, "stop")
 
 
 # --- the small interface --------------------------------------------------------------------------
@@ -292,6 +296,19 @@ def test_options():
         change(base, greedy=True, top_k=5)
     with pytest.raises(InputError, match="nothing was asked"):
         user_turn(None, [])
+
+
+def test_a_clip_that_is_split_or_cut_is_told_of(assistant):
+    """To who gives no function for it, by Python's warnings."""
+    options = {"greedy": True, "max_new_tokens": 1}
+    told = []
+    assistant.ask("What?", noise(1, 31.0), notice=told.append, **options)
+    assert len(told) == 1 and "split into 2 pieces" in told[0]
+    with pytest.warns(UserWarning, match="split into 2 pieces"):
+        assistant.ask("What?", noise(1, 31.0), **options)
+    with pytest.warns(UserWarning, match="only its first 30 s are used"):
+        raw = "<|audio_bos|><|AUDIO|><|audio_eos|>What?"
+        assistant.complete(raw, noise(1, 31.0), long="cut", **options)
 
 
 def test_the_plain_parts_make_the_same_answer(assistant):

@@ -3,8 +3,10 @@
 import copy
 import ctypes
 import os
+import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -64,6 +66,50 @@ def test_a_changed_weight_is_packed_anew():
         after = layer(x)
         assert torch.equal(after, F.linear(x, WEIGHT, layer.bias))
         assert not torch.equal(after, before)
+
+
+@needs_bf16
+def test_what_cannot_be_packed_any_more_runs_as_it_is():
+    layer = Linear(80, 96).bfloat16()
+    layer.linear_op = PackedLinear()
+    x = random(3, 80)
+    with torch.no_grad():
+        expected = layer(x)
+        for dtype in (torch.float64, torch.float16, torch.float32):
+            layer.to(dtype)
+            assert torch.equal(layer(x.to(dtype)), F.linear(x.to(dtype), layer.weight, layer.bias))
+        assert torch.equal(layer.bfloat16()(x), expected)
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert twin.linear_op is not layer.linear_op and torch.equal(twin(x), expected)
+
+
+@needs_bf16
+def test_two_threads_may_pack_at_once():
+    weights = [random(96, 80) + i for i in range(2)]
+    x = random(3, 80)
+    expected = [F.linear(x, weight) for weight in weights]
+    slot, wrong = PackedLinear(), []
+
+    def work(i):
+        with torch.inference_mode():
+            for _ in range(300):  # each finds what the other has packed
+                try:
+                    if not torch.equal(slot(x, weights[i]), expected[i]):
+                        wrong.append(i)
+                except Exception as error:
+                    wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1, 0)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
 
 
 @needs_bf16

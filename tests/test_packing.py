@@ -64,6 +64,17 @@ def test_a_group_is_one_product_and_equals_its_layers(model):
             torch.testing.assert_close(whole, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_what_is_wanted_of_a_projection_stays_with_it(model):
+    """A deterministic engine leaves no mark on the quantised layers of the model."""
+    quantize.quantize(model, 8)
+    layer = model.language_model.model.layers[0].mlp.down_proj
+    x = torch.randn(quantize.FEW + 9, layer.in_features)
+    before = layer(x)
+    strict, plain = projection(layer, deterministic=True), projection(layer)
+    assert torch.equal(strict(x)[:1], strict(x[:1])) and torch.equal(strict(x)[-1:], strict(x[-1:]))
+    assert torch.equal(layer(x), before) and torch.equal(plain(x), before)
+
+
 def test_packing_twice_moves_nothing(model):
     pack(model)
     places = [parameter.data_ptr() for parameter in model.parameters()]

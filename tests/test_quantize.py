@@ -276,11 +276,10 @@ def test_float64_and_gradients_use_the_widened_weights(bits) -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_row_does_not_depend_on_its_batch(bits) -> None:
     layer = QuantizedLinear.from_weight(weight("normal", 192, 256), torch.randn(192), bits)
-    layer.deterministic = True
     x = torch.randn(quantize.FEW + 9, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
-    together = layer.bfloat16()(x)
+    together = layer.bfloat16()(x, deterministic=True)
     for rows in (slice(0, 1), slice(5, 8), slice(64, 137)):
-        assert torch.equal(layer(x[rows]), together[rows])
+        assert torch.equal(layer(x[rows], deterministic=True), together[rows])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -295,6 +294,8 @@ def test_joined_layers_are_the_layers_behind_one_another(bits) -> None:
     joint = QuantizedLinear.joined(parts)
     assert joint.out_features == 196
     assert torch.equal(joint(x), torch.cat([part(x) for part in parts], -1))
+    half = QuantizedLinear.joined([part.half() for part in parts])
+    assert half.bias.dtype == torch.float16 and half(x.half()).dtype == torch.float16
 
 
 def test_casts_leave_the_codes() -> None:

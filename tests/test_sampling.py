@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qwen2audio_core.errors import InputError
+from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.sampling import (
     Settings,
     choose,
@@ -107,6 +107,18 @@ def test_no_end_before_the_minimum():
     settings = Settings(min_new_tokens=2, eos_token_ids=(1, 2))
     chosen = [choose(logits, torch.zeros(1, 1).long(), n, settings).item() for n in range(3)]
     assert chosen == [3, 3, 1]
+    endless = Settings(min_new_tokens=2, eos_token_ids=())
+    assert choose(logits, torch.zeros(1, 1).long(), 0, endless).item() == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, INF])
+@pytest.mark.parametrize("draws", [{}, {"do_sample": True}, {"do_sample": True, "top_p": 0.5}])
+def test_no_token_out_of_logits_that_are_not_finite(value, draws):
+    logits = torch.zeros(2, 9)
+    choose(logits, torch.zeros(2, 1).long(), 0, Settings(**draws))
+    logits[1, 3] = value
+    with pytest.raises(CheckpointError, match="not finite"):
+        choose(logits, torch.zeros(2, 1).long(), 0, Settings(**draws))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

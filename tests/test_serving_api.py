@@ -323,6 +323,10 @@ def test_transcripts_in_every_format(server, recording, written):
         segment.finish_reason == "length" for segment in expected.segments
     )
     assert ask("text") == expected.text + "\n"
+    raw = server.client.audio.transcriptions.with_raw_response.create(
+        model=NAME, file=recording, response_format="text", language="en"
+    )
+    assert raw.headers["qwen2audio-notices"] == "; ".join(found.model_extra["notices"])
     assert ask("srt") == transcribe.to_srt(expected)
     assert ask("vtt") == transcribe.to_vtt(expected)
     verbose = ask("verbose_json", timestamp_granularities=["segment"])

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from qwen2audio_core.errors import InputError
+from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.serving import requests
 from qwen2audio_core.serving.policy import Policy
 from qwen2audio_core.serving.problems import ApiError, problem
@@ -290,6 +290,7 @@ def test_what_a_caller_is_told_of_an_error():
     ours = problem(KeyError("/home/secret"))
     assert ours.status == 500 and "secret" not in json.dumps(ours.body)
     assert ours.body["error"]["type"] == "server_error"
+    assert problem(CheckpointError("not finite")).status == 500  # InputError, and not the caller's
     full = problem(RuntimeError("CUDA out of memory. Tried to allocate"))
     assert full.status == 503 and full.headers["Retry-After"]
     assert problem(ExceptionGroup("", [InputError("inner")])).status == 400

@@ -303,6 +303,13 @@ def test_a_batch_of_windows_equals_one_by_one_equals_plain_generation(assistant)
     ]
 
 
+def test_words_are_timed_by_a_quantised_model():
+    quantised = load("tiny", device="cpu", quantize="int8")
+    clip = tiny.trained().parent / "clips" / "en_snow.flac"
+    (segment,) = transcribe.transcribe(quantised, clip, words=True).segments
+    assert [word.text for word in segment.words] == segment.text.split()
+
+
 def test_the_checkpoints_penalty_holds_until_another_is_given(assistant):
     sound = clicks(2)
     expected = {penalty: greedy_ids(assistant, sound, penalty) for penalty in (1.0, 1.1)}

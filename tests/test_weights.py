@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen2audio_core import hub, saving, tiny, weights
+from qwen2audio_core.assistant import load
 from qwen2audio_core.config import AudioConfig, Qwen2AudioConfig, TextConfig
 from qwen2audio_core.errors import CheckpointError
 from qwen2audio_core.sampling import Settings
@@ -581,6 +582,14 @@ def test_saved_and_loaded_again(made, tmp_path):
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "generation_config.json"):
         assert (new / name).read_bytes() == (made / name).read_bytes()
     assert sorted(p.name for p in new.parent.iterdir()) == ["new"]
+
+
+def test_a_missing_generation_config_is_named_where_its_tokens_are_needed(tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny.trained(), folder)
+    (folder / "generation_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no generation_config\.json.*151645.*1536"):
+        load(str(folder), device="cpu")
 
 
 def test_parameters_that_are_views_of_one_buffer_are_saved(made, tmp_path):

@@ -69,7 +69,9 @@ class _Writing:
         self._show(self._writer.finish())
         stopped = self._writer.stopped
         self._cover(lambda before, after: before < self._shown or not stopped)
-        self._send(request.finish_reason)
+        # A stop string may have come with what the last id left unfinished.
+        cut = request.finish_reason == "length" and not stopped
+        self._send("length" if cut else request.finish_reason.replace("length", "stop"))
 
     def _show(self, piece: str) -> None:
         self._text += piece

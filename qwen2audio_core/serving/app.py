@@ -93,9 +93,12 @@ def create_app(service: Service) -> "FastAPI":
             found = await _answered(request, work, policy.request_seconds)
         finally:
             await form.close()
+        told = "; ".join(recording.notices).encode("latin-1", "replace").decode("latin-1")
+        headers = {"qwen2audio-notices": told} if told else None
         if isinstance(found, str):
-            return Response(found, media_type=KINDS[texts["response_format"][0]])
-        return JSONResponse(found)
+            kind = KINDS[texts["response_format"][0]]
+            return Response(found, media_type=kind, headers=headers)
+        return JSONResponse(found, headers=headers)
 
     for path in SPEECH:
         app.post(path)(speech)

@@ -76,7 +76,7 @@ class Completion:
             {"role": message["role"], "content": content(message["content"])}
             for message in self._request.messages
         ]
-        return self._service.assistant.encode(messages)
+        return self._service.assistant.encode(messages, notice=lambda _: None)  # see _notices
 
     async def whole(self) -> dict[str, Any]:
         """All answers, in one object."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qwen2audio_core.errors import AudioError, InputError
+from qwen2audio_core.errors import AudioError, CheckpointError, InputError
 from qwen2audio_core.terminal import memory_line
 
 TYPES = {
@@ -61,7 +61,7 @@ def problem(error: Exception) -> ApiError:
         return error
     if isinstance(error, ExceptionGroup):  # of tasks side by side, the first to fail
         return problem(error.exceptions[0])
-    if isinstance(error, InputError):
+    if isinstance(error, InputError) and not isinstance(error, CheckpointError):
         code = "invalid_audio" if isinstance(error, AudioError) else None
         return ApiError(400, str(error), code=code)
     if memory_line(error):

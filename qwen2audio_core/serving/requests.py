@@ -227,7 +227,7 @@ def parse_speech(form: Mapping[str, Sequence[str]], policy: Policy) -> SpeechReq
         raise fields.wrong("response_format", f"one of {', '.join(FORMATS)}", shape)
     for name in ("timestamp_granularities[]", "timestamp_granularities"):
         if set(fields.take(name) or ()) - {"segment"}:
-            raise bad(name, "can only be segment, this model gives no times of words")
+            raise bad(name, "can only be segment, this server gives no times of words")
     for name in ("include[]", "include"):
         if fields.take(name):
             raise bad(name, "is not supported by this server", "unsupported_parameter")

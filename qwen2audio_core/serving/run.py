@@ -5,6 +5,7 @@ finished, then the process ends with code 0. What is not finished within `grace`
 cancelled.
 """
 
+import errno
 import signal
 import socket
 from typing import Any
@@ -32,7 +33,11 @@ def check_installed() -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that holds the address, before minutes are spent on a model. 0 picks a free port."""
+    """A socket at the address, before minutes are spent on a model. 0 picks a free port.
+
+    It does not listen yet, so that callers are refused and not left waiting until the model is
+    there; a server that is started at the same time may therefore still take the port.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         family, _, _, _, address = found[0]
@@ -69,6 +74,13 @@ def serve(
         interrupt = signal.signal(signal.SIGINT, server.handle_exit)
         try:
             server.run(sockets=[sock])
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            host, port = sock.getsockname()[:2]
+            raise InputError(
+                f"another program has begun to listen at {host} port {port} meanwhile"
+            ) from error
         finally:
             signal.signal(signal.SIGTERM, before)
             signal.signal(signal.SIGINT, interrupt)

@@ -34,6 +34,7 @@ class Recording:
         self._temperature = settings.temperature if settings.do_sample else 0.0
         self._tokens = min(settings.max_new_tokens, service.policy.answer_tokens)
         self._requests: list[Request] = []  # of the windows, in order
+        self.notices: list[str] = []  # where words may be missing
 
     async def answer(self, file: BinaryIO, name: str) -> dict[str, Any] | str:
         """The transcript in the form that was asked for. Raises ApiError or InputError.
@@ -47,7 +48,12 @@ class Recording:
             tasks = [group.create_task(self._window(window, places)) for window in windows]
         found = [task.result() for task in tasks]
         self._requests = [request for _, request in found]
-        return self._format(transcribe.joined([segment for segment, _ in found]), name)
+        self.notices = [
+            transcribe.cut_notice(segment, name)
+            for segment, _ in found
+            if segment.finish_reason == "length"
+        ]
+        return self._format(transcribe.joined([segment for segment, _ in found]))
 
     def _decode(self, file: BinaryIO, name: str) -> list[audio.Piece]:
         policy = self._service.policy
@@ -76,7 +82,7 @@ class Recording:
         reply = Reply(run.prompt, text, request.ids, request.finish_reason)
         return self._scribe.segment(window, reply), request
 
-    def _format(self, transcript: Transcript, name: str) -> dict[str, Any] | str:
+    def _format(self, transcript: Transcript) -> dict[str, Any] | str:
         shape = self._request.format
         if shape == "text":
             return transcript.text + "\n"
@@ -94,12 +100,7 @@ class Recording:
                 ],
             }
         body["usage"] = {"type": "duration", "seconds": round(transcript.duration, 3)}
-        notices = [
-            transcribe.cut_notice(segment, name)
-            for segment in transcript.segments
-            if segment.finish_reason == "length"
-        ]
-        return body | ({"notices": notices} if notices else {})
+        return body | ({"notices": self.notices} if self.notices else {})
 
     def _segment(self, number: int, segment: Segment, request: Request) -> dict[str, Any]:
         logprobs = [likelihood.logprob for likelihood in request.logprobs]
