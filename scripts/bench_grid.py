@@ -6,8 +6,8 @@ python scripts/bench_grid.py --device cpu --shapes tiny --quick    the same code
 
 1. Ceilings: GB/s of reading 4 GiB and of copying, TFLOP/s of a bfloat16 product (bench.py's).
 2. Random weights of the shape, made on the device. All arms share them; transformers too.
-3. A float32 copy answers a prompt of each length once: the reference of every arm's error. It is
-   given away before anything is timed.
+3. A float32 copy answers some prompts of each length, alone, once: the reference of every arm's
+   error. It is given away before anything is timed.
 4. For each length and batch, most telling first, until the budget is spent: the arms in turn, then
    in turn backwards, each warmed up and then timed from the waveforms on. Greedy, no end, as many
    tokens each. Where an arm is wrong (below) it gets no speed.
@@ -24,8 +24,9 @@ mel, encoder, prefill   stages of the prompts' pass, apart, from a run of their 
 ttft    seconds until every answer has its first token       tpot   seconds of each further one
 of_floor   the counted floor over the time: operations at the product's speed, or bytes at the
         reading speed, whichever takes longer; a step reads the weights, and keys and values once
-error   rms of the logits' difference from float32's over theirs, for a prompt and forced tokens
-        behind it; allowed is twice transformers' own (sdpa), plus WORSE of a quantised arm
+error   rms of the logits' difference from float32's over theirs, for the cell's prompts and forced
+        tokens behind them, in the worst of the rows that were looked at, the first and the last
+        among them; allowed is twice transformers' own (sdpa), plus WORSE of a quantised arm
 """
 
 import argparse
@@ -192,6 +193,15 @@ def prompts_of(config: Qwen2AudioConfig, seconds: int, batch: int) -> list[chat.
     return prompts
 
 
+def forced_ids(config: Qwen2AudioConfig, seconds: int, batch: int) -> Tensor:
+    """Ids (B, FORCED) to put behind the prompts; a row has the same ones whatever the batch is."""
+    rows = []
+    for row in range(batch):
+        generator = torch.Generator().manual_seed(1000 * seconds + row)
+        rows.append(torch.randint(0, config.text.vocab_size, (FORCED,), generator=generator))
+    return torch.stack(rows)
+
+
 def settings_for(new_tokens: int) -> Settings:
     return Settings(max_new_tokens=new_tokens, eos_token_ids=())
 
@@ -226,15 +236,15 @@ class Plain:
         return self.run(1).stages
 
     def logits(self, forced: Tensor) -> Tensor:
-        """(n + 1, V) of the first prompt and ids (n,) behind it."""
+        """(B, n + 1, V) of the prompts and ids (B, n) behind them."""
         mels = self.model.config.audio.num_mel_bins
-        batch = chat.collate(self.prompts[:1], 0, device=self.plan.device, num_mel_bins=mels)
-        run = Generation(self.model, batch, settings_for(len(forced) + 1))
+        batch = chat.collate(self.prompts, 0, device=self.plan.device, num_mel_bins=mels)
+        run = Generation(self.model, batch, settings_for(forced.shape[1] + 1))
         found = [run.logits]
-        for token in forced:
-            x = self.model.language_model.model.embed_tokens(token.view(1, 1))
+        for tokens in forced.split(1, 1):
+            x = self.model.language_model.model.embed_tokens(tokens)
             found.append(self.model.decode(x, cache=run.cache)[:, 0])
-        return torch.cat(found)
+        return torch.stack(found, 1)
 
     def close(self) -> None: ...
 
@@ -295,7 +305,7 @@ class Fast:
         return {"mel": took["mel"], "encoder": took["encoder"] - took["mel"], "prefill": prefill}
 
     def logits(self, forced: Tensor) -> Tensor:
-        return forced_logits(self.engine.slots, self.prompts[:1], forced[None])[0]
+        return forced_logits(self.engine.slots, self.prompts, forced)
 
     def close(self) -> None:
         self.engine.close()
@@ -313,9 +323,12 @@ def forced_logits(slots: Slots, prompts: list[chat.Prompt], written: Tensor) -> 
     budget, found = written.shape[1] + 2, []
     try:
         with torch.inference_mode():
-            for row, prompt in enumerate(prompts):
-                job = Job(row, prompt.ids, prompt.clips, settings_for(budget), budget, 0)
-                slots.prefill([job])
+            jobs = [
+                Job(row, prompt.ids, prompt.clips, settings_for(budget), budget, 0)
+                for row, prompt in enumerate(prompts)
+            ]
+            for together in [[job] for job in jobs] if slots._deterministic else [jobs]:
+                slots.prefill(together)  # as the engine does
             found.append(torch.cat(seen))
             for step in range(written.shape[1]):
                 seen.clear()
@@ -364,18 +377,17 @@ class Theirs:
                 config._compile_all_devices = True
                 self.options["compile_config"] = config
 
-    def inputs(self, count: int | None = None) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Tensor]:
         """The processor's work, but for the tokenizer."""
-        prompts = self.prompts[:count]
         heard = self.extractor(
-            [prompt.clips[0].numpy() for prompt in prompts],
+            [prompt.clips[0].numpy() for prompt in self.prompts],
             sampling_rate=SAMPLE_RATE,
             return_tensors="pt",
             padding="max_length",
             return_attention_mask=True,
             device=str(self.plan.device),
         )
-        ids = torch.tensor([prompt.ids for prompt in prompts], device=self.plan.device)
+        ids = torch.tensor([prompt.ids for prompt in self.prompts], device=self.plan.device)
         dtype = next(self.model.parameters()).dtype
         return {
             "input_ids": ids,
@@ -421,10 +433,16 @@ class Theirs:
         return {"mel": mel, "encoder": encoder, "prefill": found.ttft - mel - encoder}
 
     def logits(self, forced: Tensor) -> Tensor:
-        inputs = self.inputs(1)
-        inputs["input_ids"] = torch.cat((inputs["input_ids"], forced[None]), 1)
+        inputs = self.inputs()
+        inputs["input_ids"] = torch.cat((inputs["input_ids"], forced), 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        return self.model(**inputs).logits[0, -len(forced) - 1 :]
+        last = self.model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, words: words[0][:, -forced.shape[1] - 1 :]  # of all positions: gigabytes
+        )
+        try:
+            return self.model(**inputs).logits
+        finally:
+            last.remove()
 
     def close(self) -> None:
         if self.options:
@@ -444,22 +462,25 @@ class Grid:
             for name, scheme in SCHEMES.items()
             if name in plan.arms
         }
-        self.errors: dict[tuple[str, int], dict[str, float]] = {}
+        self.errors: dict[tuple[str, int, int], dict[str, float]] = {}
 
-    def _references(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Seconds of audio -> ids (n,) and float32 logits (n + 1, V), from a copy of the model."""
+    def _references(self) -> dict[int, dict[int, Tensor]]:
+        """Seconds of audio -> first and last row of each batch -> float32 logits (n + 1, V), of the
+        prompt alone, from a copy of the model."""
         plan = self.plan
         wide = weights.without_storage(plan.config)
         state = {name: tensor.float() for name, tensor in self.model.state_dict().items()}
         wide.load_state_dict(state, assign=True)
         del state
-        found = {}
+        found: dict[int, dict[int, Tensor]] = {}
         for seconds in dict.fromkeys(seconds for seconds, _ in plan.cells):
-            arm = Plain(plan, wide.eval(), prompts_of(plan.config, seconds, 1))
-            generator = torch.Generator().manual_seed(seconds)
-            forced = torch.randint(0, plan.config.text.vocab_size, (FORCED,), generator=generator)
-            forced = forced.to(plan.device)
-            found[seconds] = forced, arm.logits(forced).float()
+            batches = {batch for length, batch in plan.cells if length == seconds}
+            prompts = prompts_of(plan.config, seconds, max(batches))
+            forced = forced_ids(plan.config, seconds, max(batches)).to(plan.device)
+            found[seconds] = {
+                row: Plain(plan, wide.eval(), [prompts[row]]).logits(forced[row, None])[0]
+                for row in sorted({0, *(batch - 1 for batch in batches)})
+            }
         return found
 
     def arm(self, name: str, prompts: list[chat.Prompt]) -> Any:
@@ -473,25 +494,30 @@ class Grid:
         return Fast(self.plan, model, prompts, int8_cache=name == "int8_cache")
 
     def error(self, name: str, arm: Any, seconds: int) -> dict[str, float]:
-        """How far an arm's logits are from float32's; the same for every batch."""
-        if (name, seconds) not in self.errors:
-            forced, expected = self.references[seconds]
-            found = arm.logits(forced).float()
-            rms = float((found - expected).norm() / expected.norm())
-            self.errors[name, seconds] = {
-                "rms": rms,
-                "largest": float((found - expected).abs().max()),
+        """How far an arm's logits are from float32's, all its prompts read and continued at once:
+        in the worst of the rows that have a reference, the first and the last among them."""
+        batch = len(arm.prompts)
+        key = name, seconds, batch
+        if key not in self.errors:
+            rows = [row for row in self.references[seconds] if row < batch]
+            expected = torch.stack([self.references[seconds][row] for row in rows])
+            forced = forced_ids(self.plan.config, seconds, batch).to(self.plan.device)
+            found = arm.logits(forced)[rows].float()
+            off = found - expected
+            self.errors[key] = {
+                "rms": float((off.norm(dim=(1, 2)) / expected.norm(dim=(1, 2))).max()),
+                "largest": float(off.abs().max()),
                 "agreement": float((found.argmax(-1) == expected.argmax(-1)).float().mean()),
             }
-        return self.errors[name, seconds]
+        return self.errors[key]
 
-    def allowed(self, name: str, seconds: int) -> float:
+    def allowed(self, name: str, seconds: int, prompts: list[chat.Prompt]) -> float:
         """Twice what transformers is off by, which is measured for that where it is no arm."""
-        if ("sdpa", seconds) not in self.errors:
-            arm = self.arm("sdpa", prompts_of(self.plan.config, seconds, 1))
-            self.error("sdpa", arm, seconds)
+        key = "sdpa", seconds, len(prompts)
+        if key not in self.errors:
+            self.error("sdpa", self.arm("sdpa", prompts), seconds)
         floor = torch.finfo(torch.float32).eps * 100
-        return 2 * self.errors["sdpa", seconds]["rms"] + floor + WORSE.get(name, 0.0)
+        return 2 * self.errors[key]["rms"] + floor + WORSE.get(name, 0.0)
 
     def cell(self, seconds: int, batch: int) -> dict[str, Any]:
         """All arms on one length and batch."""
@@ -533,10 +559,12 @@ class Grid:
         try:
             if first:
                 entry["error"] = self.error(name, arm, seconds)
-                rms, limit = entry["error"]["rms"], self.allowed(name, seconds)
+                rms, limit = entry["error"]["rms"], self.allowed(name, seconds, prompts)
                 if not rms <= limit:
                     off = f"the logits are off by {rms:.3f} rms, allowed are {limit:.3f}"
                     return {"refused": off, "error": entry["error"]}
+                if self.plan.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()  # an answer's peak, not the check's
             began = self.plan.now()
             arm.warm()
             warm = self.plan.now() - began

@@ -36,8 +36,9 @@ def grid() -> ModuleType:
 
 def plan_of(grid: ModuleType, **changes) -> object:
     plan = grid.Plan(
-        tiny.TINY, CPU, torch.float32, ((1, 1),), grid.ARMS, 3, rounds=1, budget=1e9, quick=True
-    )
+        tiny.TINY, CPU, torch.float32, ((1, 1), (1, 3)), grid.ARMS, 3,
+        rounds=1, budget=1e9, quick=True,
+    )  # fmt: skip
     return replace(plan, **changes)
 
 
@@ -60,13 +61,14 @@ def test_every_arm_has_the_same_weights(grid: ModuleType, small) -> None:
     shared = [name for name in twin if name in small.model.state_dict()]
     assert len(shared) > 50
     assert all(twin[name].data_ptr() in ours for name in shared)
-    prompts = grid.prompts_of(tiny.TINY, 1, 1)
-    with torch.inference_mode():
-        errors = {name: small.error(name, small.arm(name, prompts), 1) for name in grid.ARMS}
-    for name in ("eager", "sdpa", "compiled", "plain", "engine"):
-        assert errors[name]["rms"] < 1e-5 and errors[name]["agreement"] == 1
-    assert 1e-5 < errors["int8_cache"]["rms"] < errors["int4"]["rms"] < 0.3
-    assert 1e-3 < errors["int8"]["rms"] < 0.05
+    for batch in (1, 3):
+        prompts = grid.prompts_of(tiny.TINY, 1, batch)
+        with torch.inference_mode():
+            errors = {name: small.error(name, small.arm(name, prompts), 1) for name in grid.ARMS}
+        for name in ("eager", "sdpa", "compiled", "plain", "engine"):
+            assert errors[name]["rms"] < 1e-5 and errors[name]["agreement"] == 1
+        assert 1e-5 < errors["int8_cache"]["rms"] < errors["int4"]["rms"] < 0.3
+        assert 1e-3 < errors["int8"]["rms"] < 0.05
 
 
 def test_a_wrong_arm_gets_no_speed(grid: ModuleType, small, monkeypatch) -> None:
@@ -81,6 +83,38 @@ def test_a_wrong_arm_gets_no_speed(grid: ModuleType, small, monkeypatch) -> None
         assert "logits are off by" in arms[name]["refused"] and "tpot" not in arms[name]
 
 
+@pytest.mark.parametrize("row", [0, 2])
+def test_an_arm_that_is_wrong_in_a_batch_alone_gets_no_speed_there(
+    grid: ModuleType, small, row: int, monkeypatch
+) -> None:
+    """One row of a full batch is wrong: in the engine's last product, and in generate.py's."""
+    made, head = grid.Engine, small.model.language_model.lm_head
+
+    def spoil(logits: torch.Tensor) -> torch.Tensor:
+        if len(logits) == 3:
+            logits[row] = logits[row].roll(1, -1)
+        return logits
+
+    def engine(*args, **options):
+        found = made(*args, **options)
+        right = found.slots.head
+        found.slots.head = lambda x: spoil(right(x))
+        return found
+
+    monkeypatch.setattr(small, "errors", {})
+    monkeypatch.setattr(grid, "Engine", engine)
+    monkeypatch.setattr(small.plan, "arms", ("plain", "engine"))
+    hook = head.register_forward_hook(lambda _, words, logits: spoil(logits))
+    try:
+        with torch.inference_mode():
+            alone, three = small.cell(1, 1)["arms"], small.cell(1, 3)["arms"]
+    finally:
+        hook.remove()
+    for name in ("plain", "engine"):
+        assert "tpot" in alone[name]
+        assert "logits are off by" in three[name]["refused"] and "tpot" not in three[name]
+
+
 def test_an_arm_that_cannot_run_costs_no_other(grid: ModuleType, small, monkeypatch) -> None:
     def broken(*words) -> None:
         raise RuntimeError("out of memory\nand a long story")
@@ -88,7 +122,7 @@ def test_an_arm_that_cannot_run_costs_no_other(grid: ModuleType, small, monkeypa
     monkeypatch.setattr(grid.Plain, "warm", broken)
     monkeypatch.setattr(small.plan, "arms", ("plain", "engine"))
     with torch.inference_mode():
-        arms = small.cell(1, 2)["arms"]
+        arms = small.cell(1, 3)["arms"]
     assert arms["plain"]["refused"] == "RuntimeError: out of memory"
     assert arms["engine"]["tokens_per_s"] > 0
 

@@ -100,6 +100,28 @@ def test_the_checks_of_their_own_reject_what_is_wrong(
             bench.verify(case, "cpu", torch.bfloat16)
 
 
+def test_sampling_races_against_ids_that_are_ready(
+    shapes: ModuleType, monkeypatch: pytest.MonkeyPatch, on_cpu: None
+) -> None:
+    """The peer is timed on nothing but sampling.choose, and both penalise the same ids."""
+    given, choose = [], shapes.sampling.choose
+    monkeypatch.setattr(
+        shapes.sampling, "choose", lambda *words: given.append(words) or choose(*words)
+    )
+    for case in shapes.cases(True):
+        if case.op != "sample":
+            continue
+        inputs = case.inputs()
+        theirs = case.peer_inputs(inputs)
+        token = case.peers["torch"](**theirs)
+        assert all(one is other for one, other in zip(given[-1], theirs.values(), strict=False))
+        assert inputs["seen"].sum(1).tolist() == [theirs["history"].shape[1]] * len(token)
+        assert inputs["seen"].gather(1, theirs["history"]).all()
+        if "greedy" in case.shape:
+            assert torch.equal(token, case.kernel(**inputs))
+            assert torch.equal(token, case.plain(**inputs))
+
+
 def test_the_command(
     bench: ModuleType,
     tmp_path: Path,

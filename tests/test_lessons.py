@@ -120,6 +120,12 @@ def test_as_a_reader_runs_it(tmp_path: Path) -> None:
 # places lie outside depends on what lies beside a tensor in memory.
 MISTAKES = [
     ("01_load_store", ", mask=inside, other=0.0", "", "places that lie in no tensor"),
+    (
+        "01_load_store",
+        "(x_ptr + offsets, mask=inside, other=0.0)",
+        "(x_ptr + offsets)",
+        "no tensor",
+    ),
     ("01_load_store", "x + residual, mask=inside", "x + residual", "places that lie"),
     ("01_load_store", "tl.program_id(0) * BLOCK + ", "", "all programs do the same block"),
     ("01_load_store", "offsets < elements", "offsets < element", "NameError: name 'element'"),
@@ -141,13 +147,48 @@ MISTAKES = [
         "(rows < M)[:, None]",
         "places that lie in no tensor",
     ),
+    ("05_matmul", ', input_precision="ieee"', "", 'give it input_precision="ieee"'),
     ("06_online_softmax", "total * tl.exp(top - base)", "total", "relative to the old top"),
+    ("06_online_softmax", "tl.maximum(top, tl.max(logits, axis=0))", "tl.max(logits)", "no less"),
+    (
+        "06_online_softmax",
+        'tl.where(higher == -float("inf"), 0.0, higher)',
+        "tl.maximum(higher, 0.0)",
+        "exp(-1000) is zero",
+    ),
     ("06_online_softmax", 'tl.where(higher == -float("inf"), 0.0, higher)', "higher", "is NaN"),
     ("07_flash_attention", "acc * shrink[:, None]", "acc", "both shrunk"),
     ("07_flash_attention", 'tl.where(visible, s, -float("inf"))', "s", "before the maximum"),
     ("07_flash_attention", 'tl.where(higher == -float("inf"), 0.0, higher)', "higher", "must be 0"),
+    (  # no maximum at all
+        "07_flash_attention",
+        "tl.maximum(top, tl.max(s, axis=1))",
+        "tl.zeros((BLOCK_M,), tl.float32)",
+        "exp(200) is infinite",
+    ),
+    ("07_flash_attention", "tl.maximum(top, tl.max(s, axis=1))", "tl.max(s, axis=1)", "no less"),
+    (
+        "07_flash_attention",
+        'tl.where(higher == -float("inf"), 0.0, higher)',
+        "tl.maximum(higher, 0.0)",
+        "exp(-200) is zero",
+    ),
+    ("07_flash_attention", ', input_precision="ieee"', "", 'give it input_precision="ieee"'),
     ("08_split_kv_decode", "tl.exp(top - tl.max(top, axis=0))", "top * 0.0 + 1.0", "one weight"),
-    ("08_split_kv_decode", 'top = tl.where(top == -float("inf"), 0.0, top)', "pass", "0.0 for its"),
+    ("08_split_kv_decode", 'tl.where(top == -float("inf"), 0.0, top)', "top", "0.0 where top is"),
+    (  # no maximum at all
+        "08_split_kv_decode",
+        "top = tl.max(s, axis=0)",
+        "top = tl.zeros((), tl.float32)",
+        "exp(200) is infinite",
+    ),
+    ("08_split_kv_decode", "top - tl.max(top, axis=0)", "top", "exp(200) is infinite"),
+    (
+        "08_split_kv_decode",
+        "p = tl.exp(s - base)",
+        "p = tl.exp(s - base)\n    top = base",
+        "must not be the highest",
+    ),
 ]
 
 

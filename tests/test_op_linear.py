@@ -1,5 +1,9 @@
 """The small-M linear kernel, plain and quantised, against PyTorch by the three-way rule."""
 
+import math
+import mmap
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +12,7 @@ from tolerance import DTYPES, three_way
 from torch import Tensor
 
 import qwen2audio_kernels as kernels
+from qwen2audio_kernels import _launch
 
 FORMATS = ("float", "int8", "int4")
 
@@ -135,6 +140,71 @@ def test_a_row_does_not_depend_on_its_batch(weights: str, dtype: torch.dtype) ->
     together = run(slice(None))
     for rows in (slice(0, 1), slice(36, 37), slice(5, 21)):
         assert torch.equal(run(rows), together[rows])
+
+
+def sparse(*shape: int, dtype: torch.dtype, **_: Any) -> Tensor:
+    """As torch.empty, of memory that is only there once it is written; as much lies before it, so
+    that an offset which wraps around does no harm."""
+    size = math.prod(shape)
+    no_reserve = 0x4000  # a name in mmap from Python 3.13 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    pages = mmap.mmap(-1, 2 * size * dtype.itemsize, flags=flags)
+    return torch.frombuffer(pages, dtype=dtype)[size:].view(shape)
+
+
+APART = 2**30  # elements from a row to the next: the third begins where int32 ends
+sparsely = pytest.mark.skipif(DEVICE.type != "cpu", reason="memory that is not there")
+
+
+@sparsely
+@pytest.mark.parametrize("weights", FORMATS)
+def test_inputs_beyond_int32(weights: str) -> None:
+    tensors = inputs(3, 16, 256, weights, False, True, False)
+    tensors = {k: t.half() if t.is_floating_point() else t for k, t in tensors.items()}
+    expected = kernels.linear(**tensors)
+    for name in ("x", "residual"):
+        wide = sparse(3, APART, dtype=torch.float16)[:, : tensors[name].shape[1]]
+        tensors[name] = wide.copy_(tensors[name])
+    assert torch.equal(kernels.linear(**tensors), expected)
+
+
+@sparsely
+@pytest.mark.parametrize("K", [256, 2048], ids=["whole", "split"])
+def test_outputs_beyond_int32(K: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2^30 outputs, of which the first tile is computed; K in parts makes a third row of those."""
+    x, weight = draw(3, K).half(), draw(1, K, seed=1).half()
+    monkeypatch.setattr(_launch, "processors", lambda device: APART)
+    expected = kernels.linear(x, weight.expand(8, K))
+    launch, launched = _launch.launch, []
+
+    def first_tile(kernel: Any, grid: tuple[int, ...], *words: Any, **options: Any) -> None:
+        launched.append(kernel.__name__)
+        assert grid[0] <= 3, "the rows come first, and the outputs behind them"
+        launch(kernel, (grid[0], 1, *grid[2:]), *words, **options)
+
+    monkeypatch.setattr(_launch, "launch", first_tile)
+    monkeypatch.setattr(torch, "empty", sparse)
+    y = kernels.linear(x, weight.expand(APART, K))
+    assert len(launched) == (1 if K == 256 else 2)
+    assert torch.equal(y[:, :8], expected)
+
+
+def test_more_rows_than_a_grid_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = []
+    monkeypatch.setattr(_launch, "launch", lambda kernel, grid, *_, **__: grids.append(grid))
+    kernels.linear(draw(1, 2048).expand(70_000, -1), draw(16, 2048))
+    assert len(grids) == 2 and grids[1][0] == 70_000
+    assert all(size < 65_536 for grid in grids for size in grid[1:])  # CUDA's limit
+
+
+@pytest.mark.gpu
+def test_logits_of_many_positions() -> None:
+    """2.2 G logits, of which the last rows lie beyond int32; 5 GB."""
+    x, weight = draw(14_000, 128).bfloat16(), draw(156_032, 128, seed=1).bfloat16()
+    y = kernels.linear(x, weight)
+    rows = torch.tensor([0, 13_762, 13_763, 13_999])
+    close = torch.isclose(y[rows].float(), F.linear(x[rows], weight).float(), rtol=0.02, atol=0.02)
+    assert close.all()
 
 
 @pytest.mark.parametrize(

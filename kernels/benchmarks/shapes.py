@@ -466,12 +466,13 @@ def ends(quick: bool, byte: int) -> Iterator[Case]:
                 f"{B} x {V}, {'greedy' if greedy else 'published settings'}",
                 partial(sample_inputs, B, V, greedy),
                 kernels.sample,
-                partial(sample_plain, greedy),
+                lambda greedy=greedy, **inputs: sample_plain(greedy, **ids_read(inputs)),
                 {"torch": partial(sample_plain, greedy)},
                 "read",
                 float(B * V * byte),
                 graph=False,
                 exact=("uniform", "temperature", "top_p", "penalty"),
+                peer_inputs=ids_read,
                 check=partial(sample_check, greedy),
                 tunes=(("sample", "forward"),) if B > 1 and not greedy else (),
             )
@@ -505,6 +506,7 @@ def log_mel_check(inputs: Inputs) -> None:
 
 
 def sample_inputs(B: int, V: int, greedy: bool) -> Inputs:
+    read = torch.rand(B, V).topk(min(800, V // 8)).indices  # as many ids a row, all different
     return {
         "logits": 3 * normal(B, V),
         "uniform": torch.rand(B),
@@ -512,17 +514,22 @@ def sample_inputs(B: int, V: int, greedy: bool) -> Inputs:
         "top_k": torch.full((B,), 20, dtype=torch.int32),
         "top_p": torch.full((B,), 0.5),
         "penalty": torch.full((B,), 1.1),
-        "seen": torch.rand(B, V) < 0.01,
+        "seen": torch.zeros(B, V, dtype=torch.bool).scatter(1, read, True),
     }
 
 
-def sample_plain(greedy: bool, logits: Tensor, **settings: Tensor) -> Tensor:
-    """The same rules from sampling.py, which penalises the ids of a history."""
-    ids = settings["seen"].float().topk(16).indices
+def ids_read(inputs: Inputs) -> Inputs:
+    """The ids that were seen as sampling.py is given them, (B, T), and not as a mark on each."""
+    seen = inputs["seen"]
+    return {"logits": inputs["logits"], "history": seen.nonzero()[:, 1].view(len(seen), -1)}
+
+
+def sample_plain(greedy: bool, logits: Tensor, history: Tensor) -> Tensor:
+    """The same rules from sampling.py."""
     chosen = sampling.Settings(
         do_sample=not greedy, temperature=0.7, top_k=20, top_p=0.5, repetition_penalty=1.1
     )
-    return sampling.choose(logits, ids, 1, chosen)
+    return sampling.choose(logits, history, 1, chosen)
 
 
 def sample_check(greedy: bool, inputs: Inputs) -> None:

@@ -93,9 +93,19 @@ def check(solution: bool) -> None:
         "what was summed before was relative to the old top: total * tl.exp(top - base)",
     )
     case(
+        "logits that fall from block to block",
+        torch.linspace(200, -200, 5000).repeat(2, 1),
+        "higher is no less than top: without that, exp(top - base) grows until it is infinite",
+    )
+    case(
         "logits around 1,000",
         1000 + torch.randn(2, 3000),
         "exp(1000) is infinite: only differences to the maximum may be exponentiated",
+    )
+    case(
+        "logits around -1,000",
+        -1000 + torch.randn(2, 3000),
+        "exp(-1000) is zero: base is the maximum where that is negative, too",
     )
     forbidden = torch.randn(2, 3000)
     forbidden[:, :2000] = -float("inf")

@@ -117,10 +117,16 @@ def attention(
 
 
 def check(solution: bool) -> None:
-    def case(name: str, T: int, S: int, H: int, G: int, C: int, hint: str, **masks: object) -> None:
+    def case(
+        name: str, T: int, S: int, H: int, G: int, C: int, hint: str,
+        far: Tensor | None = None, **masks: object,
+    ) -> None:  # fmt: skip
         q, k, v = torch.randn(2, T, H, C), torch.randn(2, S, G, C), torch.randn(2, S, G, C)
+        if far is not None:  # one number for each key, which is added to all of its scores
+            q[..., 0], k[..., 0] = C**0.5, far[:, None]
         want = ops.attention(q.double(), k.double(), v.double(), **masks).float()
-        lesson.compare(name, attention(q, k, v, **masks), want, hint, limit=1e-5)
+        limit = 1e-5 if far is None else 1e-4  # a score of 200 is itself rounded by 1e-5
+        lesson.compare(name, attention(q, k, v, **masks), want, hint, limit)
 
     case(
         "one tile: 64 frames, the encoder's heads of 64",
@@ -136,6 +142,24 @@ def check(solution: bool) -> None:
         "150 frames, 3 s of sound: the last tile is not full",
         *(150, 150, 1, 1, 64),
         "s = tl.where(visible, s, -float('inf')), before the maximum is taken",
+    )
+    case(
+        "scores that rise from -200 to 200 with the keys",
+        *(5, 150, 1, 1, 64),
+        "exp(200) is infinite: only differences to the highest score so far are exponentiated",
+        far=torch.linspace(-200, 200, 150),
+    )
+    case(
+        "scores that fall from 200 to -200",
+        *(5, 150, 1, 1, 64),
+        "higher is no less than top: without that, shrink is infinite",
+        far=torch.linspace(200, -200, 150),
+    )
+    case(
+        "scores around -200",
+        *(5, 150, 1, 1, 64),
+        "exp(-200) is zero: base is the highest score where that is negative, too",
+        far=torch.full((150,), -200.0),
     )
     case(
         "causal, the decoder's heads of 128",

@@ -17,6 +17,9 @@ The parts are joined as lesson 6 adds a block to the blocks before it:
     weight  = exp(top - highest)                 of each part
     y       = sum(weight * acc) / sum(weight * total)
 
+A part that lies behind a row's last key has none to see. Its top is -inf, so it weighs exp(-inf) =
+0, however low the scores of the others are; total and acc are 0.
+
 At 1,024 positions the cache of one conversation is 537 MB over the 32 layers, all of it read for
 every token. There are two operations for every number read, so no matrix unit is needed here:
 q * k summed over the channels is fast enough.
@@ -64,13 +67,14 @@ def part_kernel(
     q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + channels)
     k = tl.load(k_ptr + channels[None, :], mask=visible[:, None], other=0.0)
     v = tl.load(v_ptr + channels[None, :], mask=visible[:, None], other=0.0)
-    # --- YOUR TURN: six lines in the place of the next three ---------------------------------
+    # --- YOUR TURN: seven lines in the place of the next three -------------------------------
     # 1. s:     (SPLIT,) = sum over channels of q * k, times scale
     # 2.        -inf where not visible
-    # 3. top:   the maximum of s, but 0.0 where that is -inf (a part without a visible key)
-    # 4. p:     exp(s - top)
-    # 5. total: the sum of p
-    # 6. acc:   (C,) = sum over keys of p * v
+    # 3. top:   the maximum of s, -inf in a part without a visible key
+    # 4. base:  top, but 0.0 where that is -inf
+    # 5. p:     exp(s - base)
+    # 6. total: the sum of p
+    # 7. acc:   (C,) = sum over keys of p * v
     top = 0.0
     total = 0.0
     acc = tl.zeros((C,), tl.float32)
@@ -152,14 +156,20 @@ def check(solution: bool) -> None:
     if solution:
         lesson.fill(vars(flash), "07_flash_attention")
 
-    def case(name: str, S: int, H: int, G: int, end: list[int], hint: str, start: int = 0) -> None:
+    def case(
+        name: str, S: int, H: int, G: int, end: list[int], hint: str,
+        start: int = 0, far: Tensor | None = None,
+    ) -> None:  # fmt: skip
         B = len(end)
         q, k, v = torch.randn(B, H, 128), torch.randn(B, S, G, 128), torch.randn(B, S, G, 128)
+        if far is not None:  # as in lesson 7
+            q[..., 0], k[..., 0] = 128**0.5, far[:, None]
         first, last = torch.full((B,), start), torch.tensor(end)
         want = ops.attention(
             q.double()[:, None], k.double(), v.double(), False, first, last
         ).float()[:, 0]
-        lesson.compare(name, decode_attention(q, k, v, first, last), want, hint)
+        limit = 1e-5 if far is None else 1e-4
+        lesson.compare(name, decode_attention(q, k, v, first, last), want, hint, limit)
 
     case(
         "one part: 32 keys",
@@ -175,8 +185,21 @@ def check(solution: bool) -> None:
     case(
         "parts without any key, and padding at the left",
         *(150, 1, 1, [60]),
-        "exp(-inf - -inf) is NaN: a part that sees nothing takes 0.0 for its top, and total 0",
+        "exp(-inf - -inf) is NaN: base is 0.0 where top is -inf, which makes total and acc 0",
         start=40,
+    )
+    case(
+        "scores that rise from -200 to 200 with the keys",
+        *(150, 1, 1, [150]),
+        "exp(200) is infinite: only differences are exponentiated, to top in a part and to the"
+        " highest top in the join",
+        far=torch.linspace(-200, 200, 150),
+    )
+    case(
+        "parts without any key beside scores around -200",
+        *(150, 1, 1, [60]),
+        "a part that sees nothing must not be the highest: its top is -inf, and base alone is 0.0",
+        far=torch.full((150,), -200.0),
     )
     q, k, v = torch.randn(3, 1, 40, 2, 32)
     want = ops.attention(q.double(), k.double(), v.double(), causal=True).float()

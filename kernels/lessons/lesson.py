@@ -131,10 +131,10 @@ def main(names: dict[str, Any]) -> None:
 
 
 def watch() -> None:
-    """Make the interpreter refuse addresses outside the arguments, and work with NumPy 2.4."""
+    """Make the interpreter refuse what a GPU would do wrong in silence, and work with NumPy 2.4."""
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     read, write, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
-    patch_tensor = interpreter._patch_lang_tensor
+    dot, patch_tensor = builder.create_dot, interpreter._patch_lang_tensor
     memory: list[tuple[int, int]] = []
 
     def guard(pointers: Any, mask: Any, verb: str) -> None:
@@ -156,6 +156,14 @@ def watch() -> None:
         guard(pointers, mask, "writes")
         return write(self, pointers, value, mask, *rest)
 
+    def exact_dot(self: Any, a: Any, b: Any, acc: Any, precision: Any, *rest: Any) -> Any:
+        if a.data.dtype == np.float32 and precision.name != "IEEE":
+            raise NotYet(
+                "this tl.dot rounds float32 to 10 bits on a GPU, though not here",
+                'give it input_precision="ieee"',
+            )
+        return dot(self, a, b, acc, precision, *rest)
+
     def watched_call(self: Any, *arguments: Any, **options: Any) -> None:
         storages = [x.untyped_storage() for x in arguments if isinstance(x, Tensor)]
         memory[:] = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages]
@@ -168,7 +176,7 @@ def watch() -> None:
         tensor.__index__ = lambda self: self.handle.data.item()
 
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
-    executor.__call__ = watched_call
+    builder.create_dot, executor.__call__ = exact_dot, watched_call
     interpreter._patch_lang_tensor = patch_lang_tensor
 
 

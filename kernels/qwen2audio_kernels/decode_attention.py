@@ -16,7 +16,8 @@ Roofline  bytes: 2 C b for every visible key and head, b = 2 in bfloat16, 1 in i
           of scales); the parts add 8 (C + 2) / SPLIT, 1.6 % at C = 128 and SPLIT = 128. Grouped
           query heads each read their keys, all but the first from the GPU's cache.
 Layout    any strides, unit stride along C; y contiguous. Arithmetic in float32.
-Limits    no backward; C <= 256.
+Limits    no backward; C <= 256; a row of the cache spans fewer than 2^31 elements (524,288
+          positions of 32 heads of 128).
 """
 
 import math

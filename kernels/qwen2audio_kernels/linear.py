@@ -48,7 +48,7 @@ def _multiply(
             BLOCK_M, BLOCK_N, BLOCK_K // 128, STAGES,
         )  # fmt: skip
     columns = tl.arange(0, BLOCK_K)
-    x_ptr += rows[:, None] * stride_x + columns[None, :]
+    x_ptr += rows[:, None].to(tl.int64) * stride_x + columns[None, :]
     w_ptr += outputs[:, None].to(tl.int64) * stride_w + columns[None, :]
     if BLOCK_M == 1:
         sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -77,7 +77,7 @@ def _multiply_int4(
     groups = tl.arange(0, GROUPS)
     if BLOCK_M == 1:  # (outputs, groups, 64), several groups at once
         half = tl.arange(0, 64)[None, None, :]
-        x_ptr += rows[:, None, None] * stride_x + groups[None, :, None] * 128 + half
+        x_ptr += rows[:, None, None].to(tl.int64) * stride_x + groups[None, :, None] * 128 + half
         w_ptr += outputs[:, None, None].to(tl.int64) * stride_w + groups[None, :, None] * 64 + half
         scale_zero_ptr += (groups[None, :, None] * N + outputs[:, None, None]) * 2
         groups = groups[None, :, None]
@@ -85,7 +85,7 @@ def _multiply_int4(
     else:  # (outputs, 64), one group
         tl.static_assert(GROUPS == 1)
         half = tl.arange(0, 64)[None, :]
-        x_ptr += rows[:, None] * stride_x + half
+        x_ptr += rows[:, None].to(tl.int64) * stride_x + half
         w_ptr += outputs[:, None].to(tl.int64) * stride_w + half
         scale_zero_ptr += outputs[:, None] * 2
         groups = groups[None, :]
@@ -120,6 +120,7 @@ def _finish(
     """Epilogue on float32 sums (outputs, rows): scale, bias, gate, residual, store."""
     n, m = outputs[:, None], rows[None, :]
     inside = (n < N) & (m < M)
+    m = m.to(tl.int64)
     if BITS == 8:
         y *= tl.load(scale_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     if bias_ptr is not None:
@@ -175,7 +176,8 @@ def linear_fwd_kernel(
         )  # fmt: skip
     else:
         inside = (outputs < N)[:, None] & (rows < M)[None, :]
-        parts_ptr += (tl.program_id(2) * M + rows[None, :]) * width + outputs[:, None]
+        part_row = tl.program_id(2).to(tl.int64) * M + rows[None, :]
+        parts_ptr += part_row * width + outputs[:, None]
         tl.store(parts_ptr, y, mask=inside)
         if SWIGLU:
             tl.store(parts_ptr + N, up, mask=inside)
@@ -188,15 +190,16 @@ def linear_reduce_kernel(
     SPLITS: tl.constexpr, BITS: tl.constexpr, SWIGLU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add the parts in their order, then the epilogue."""
-    outputs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    rows = tl.program_id(1) + tl.arange(0, 1)
+    rows = tl.program_id(0) + tl.arange(0, 1)
+    outputs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     width = N
     if SWIGLU:
         width = 2 * N
     y = tl.zeros((BLOCK, 1), tl.float32)
     up = tl.zeros((BLOCK, 1), tl.float32)
     for part in tl.static_range(SPLITS):
-        pointers = parts_ptr + (part * M + rows[None, :]) * width + outputs[:, None]
+        part_row = rows[None, :].to(tl.int64) + part * M
+        pointers = parts_ptr + part_row * width + outputs[:, None]
         y += tl.load(pointers, mask=outputs[:, None] < N, other=0.0)
         if SWIGLU:
             up += tl.load(pointers + N, mask=outputs[:, None] < N, other=0.0)
@@ -267,7 +270,7 @@ def linear(
     )  # fmt: skip
     if parts is not None:
         _launch.launch(
-            linear_reduce_kernel, (triton.cdiv(N, 256), M),
+            linear_reduce_kernel, (M, triton.cdiv(N, 256)),
             parts, scale, bias, residual_rows, y, M, N, stride_r,
             SPLITS=splits, BITS=bits, SWIGLU=swiglu, BLOCK=256, num_warps=4,
         )  # fmt: skip

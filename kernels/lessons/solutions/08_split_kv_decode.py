@@ -23,8 +23,8 @@ def part_kernel(
     s = tl.sum(q[None, :] * k, axis=1) * scale
     s = tl.where(visible, s, -float("inf"))
     top = tl.max(s, axis=0)
-    top = tl.where(top == -float("inf"), 0.0, top)
-    p = tl.exp(s - top)
+    base = tl.where(top == -float("inf"), 0.0, top)
+    p = tl.exp(s - base)
     total = tl.sum(p, axis=0)
     acc = tl.sum(p[:, None] * v, axis=0)
     index = (batch * tl.num_programs(0) + head) * tl.num_programs(1) + part
