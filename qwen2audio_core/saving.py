@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
@@ -176,6 +177,18 @@ def write(
         if old.exists() and not folder.exists():
             old.rename(folder)
         for rest in (part, old):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
+def clear(folder: Path) -> None:
+    """Remove what `write` left beside `folder` when it was killed, and put back the checkpoint that
+    it was about to replace. For whoever alone writes there: another's work in progress goes too."""
+    name = re.compile(rf"\.{re.escape(folder.name)}\.\d+\.(part|old)")
+    rests = [path for path in folder.parent.glob(".*") if name.fullmatch(path.name)]
+    for rest in sorted(rests, key=lambda path: path.stat().st_mtime, reverse=True):
+        if rest.suffix == ".old" and not folder.exists():
+            rest.rename(folder)
+        else:
             shutil.rmtree(rest, ignore_errors=True)
 
 

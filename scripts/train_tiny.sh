@@ -87,7 +87,7 @@ say "preference"
     --out "$out/pairs.jsonl"
 "${train[@]}" "$out/pairs.jsonl" --stage dpo --model "$out/short/model" --out "$out/dpo" \
     --valid "$data/valid-sft.jsonl" --minutes "${DPO_MINUTES:-$(times 4 0.5)}" --lr 5e-5 \
-    --warmup 20 --batch-tokens 3600 --beta 0.1 --dpo-sft 1
+    --warmup 20 --batch-tokens 3600 --beta 0.1 --dpo-sft 0.5
 
 for stage in pretrain sft short dpo; do
     evaluate "$stage"

@@ -154,6 +154,165 @@ def test_better_and_worse_answers(raw, tokenizer, clips) -> None:
     assert [tokenizer.decode(ids) for ids in learned] == ["Good."] * 2 + ["Bad one."] * 2
 
 
+def test_an_answer_that_begins_with_a_line_end_is_learned_from_there(shared) -> None:
+    """That line end is one token with the role's own; the other answer has it by itself."""
+    official = Tokenizer.from_folder(shared / "official")
+    for better, worse in (("yes", "\nno"), ("\nyes", "no")):
+        raw = chat_row([], [better], rejected_response=worse)
+        batch = collate([encode(row_of(raw, Path()), official)], 0, pairs=True)
+        learned = [official.decode(row[row != IGNORE].tolist()) for row in batch.labels]
+        assert [text.lstrip("\n") for text in learned] == ["yes", "no"], learned
+        assert [text.startswith("\n") for text in learned] == [better < "a", worse < "a"]
+
+
+def test_a_pair_is_as_long_as_its_longer_answer(tokenizer, clips) -> None:
+    for rejected, length in (("", 5), ("y" * 3, 5), ("y" * 400, 400)):
+        chat = chat_row([], ["right"], rejected_response=rejected)
+        plain = {"prompt": "Question 0?", "gt": "right", "rejected": rejected}
+        for raw in (chat, plain):
+            assert row_of(raw, clips).characters == len("Question 0?") + length
+    rows = [chat_row([], ["a"], rejected_response="word " * 80)] * 16
+    found = Rows([write_lines(clips / "long.jsonl", rows)])
+    most = max(len(batch) for batch in plan(found, 0, batch_seconds=9.0, batch_tokens=600))
+    assert most * (400 / 3 + 8) <= 600
+
+
+def test_clips_stand_in_audio_or_in_audios(tokenizer, clips) -> None:
+    spoken = [str(clips / "a.wav")]
+    turns = chat_row([], ["Yes."])["messages"]
+    turns[0]["content"] = "<audio>What?"
+    old = {"query": "<audio>What?", "response": "Yes."}
+    ways = [{"audio": "a.wav"}, {"audio": ["a.wav"]}, {"audios": ["a.wav"]}]
+    ways += [{"audios": "a.wav", "audio": None}, {"audio": "a.wav", "audios": []}]
+    for form in ({"prompt": "x", "gt": "y"}, {"messages": turns}, old):
+        for named in ways:
+            row = row_of({**form, **named}, clips)
+            assert row.clips == spoken, (form, named)
+            assert len(encode(row, tokenizer).clips) == 1
+    both = row_of({"audios": ["a.wav", "b.wav"], "prompt": "x", "gt": "y"}, clips)
+    ids = encode(both, tokenizer).ids
+    assert ids.count(tokenizer.id_of("<|audio_bos|>")) == 2
+
+
+def test_ms_swift_s_older_form(tokenizer, clips) -> None:
+    old = {
+        "system": "Be brief.",
+        "history": [["<audio>Who?", "Ann."], ["Sure?", "Yes."]],
+        "query": "<audio>And here?",
+        "response": "Bob.",
+        "audios": ["a.wav", "b.wav"],
+        "rejected_response": "Ann.",
+    }
+    turns = [{"role": "system", "content": "Be brief."}]
+    for question, answer in (("<audio>Who?", "Ann."), ("Sure?", "Yes."),
+                             ("<audio>And here?", "Bob.")):  # fmt: skip
+        turns.append({"role": "user", "content": question})
+        turns.append({"role": "assistant", "content": answer})
+    new = {"messages": turns, "audios": old["audios"], "rejected_response": "Ann."}
+    assert row_of(old, clips) == row_of(new, clips)
+    bare = row_of({"query": "Hi", "response": "Ho", "history": None, "system": None}, clips)
+    assert encode(bare, tokenizer).answers == encode(row_of(
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
+        clips), tokenizer).answers  # fmt: skip
+
+
+def test_a_turn_whose_loss_is_false_is_read_and_not_learned(tokenizer, clips) -> None:
+    raw = chat_row(["a.wav"], ["One.", "Two.", "Three."])
+    whole = encode(row_of(raw, clips), tokenizer)
+    turns = raw["messages"]
+    turns[1]["loss"], turns[3]["loss"], turns[5]["loss"] = False, True, None
+    part = encode(row_of(raw, clips), tokenizer)
+    assert part.ids == whole.ids
+    assert taught(part, tokenizer) == ["Two.<|im_end|>", "Three.<|im_end|>"]
+    # What stands behind the last turn to learn from is left out, its clips too.
+    turns[1]["loss"], turns[5]["loss"] = True, False
+    turns[4]["content"] = "<audio>" + turns[4]["content"]
+    row = row_of({**raw, "audios": ["a.wav", "b.wav"]}, clips)
+    cut = encode(row, tokenizer)
+    assert cut.ids == whole.ids[: whole.answers[1][1]] and len(cut.clips) == 1
+    assert taught(cut, tokenizer) == ["One.<|im_end|>", "Two.<|im_end|>"]
+    assert "Three" not in tokenizer.decode(cut.ids)
+
+
+def test_a_json_array_is_read_like_lines(tokenizer, clips) -> None:
+    rows = [chat_row(["a.wav"], ["Grüße 日本."]), "no row", chat_row([], ["]}{["])]
+    lines = Rows([write_lines(clips / "lines.jsonl", [json.dumps(row) for row in rows])])
+    file = clips / "array.json"
+    text = json.dumps(rows, ensure_ascii=False, indent=2)
+    for content in (text, "\ufeff\n " + text + "\n", json.dumps(rows)):
+        file.write_text(content, encoding="utf-8")
+        found = Rows([str(file)])
+        assert found.bad == [f"{file}:item 2: a str, expected an object"]
+        assert [found[i].messages for i in range(2)] == [lines[i].messages for i in range(2)]
+        assert found[1].where == f"{file}:item 3"
+        assert torch.equal(found.tokens, lines.tokens) and torch.equal(found.seconds, lines.seconds)
+    for content, why in (
+        (text[:-1], "behind item 3 (expected , or ])"),
+        (text.replace(",", "", 1), "behind item 0 (Expecting ',' delimiter"),
+        ("[]\n{}", "more behind the array's end"),
+    ):
+        file.write_text(content, encoding="utf-8")
+        with pytest.raises(InputError) as caught:
+            Rows([str(file)])
+        said = str(caught.value)
+        assert said.startswith(f"{file}: not a JSON array of rows") and why in said, said
+        assert "\n" not in said and "jsonl" in said
+    file.write_text("[ ]", encoding="utf-8")
+    assert len(Rows([str(file)])) == 0
+
+
+def turn(content, role: str = "user", **more) -> dict:
+    return {"role": role, "content": content, **more}
+
+
+YES = turn("Yes.", "assistant")
+OFFICIAL = {"prompt": "x", "gt": "y"}
+LOST = [  # what a person meant to be heard or learned, and what would not be
+    ({**OFFICIAL, "audio": "a.wav", "audios": ["b.wav"]}, "both audio and audios name clips"),
+    ({**OFFICIAL, "audio_path": "a.wav"}, "audio_path is not read"),
+    ({**OFFICIAL, "Audio": {"path": "a.wav"}}, "Audio is not read"),
+    ({**OFFICIAL, "audios": [{"path": "a.wav"}]}, "audios is [{'path': 'a.wav'}], expected a file"),
+    ({**OFFICIAL, "images": ["a.png"]}, "images: the model takes sound and text alone"),
+    ({**OFFICIAL, "videos": ["a.mp4"]}, "videos: the model takes"),
+    ({**OFFICIAL, "prompt": "<audio>x", "audio": "a.wav"}, "<audio> in the prompt"),
+    ({**OFFICIAL, "prompt": "<image>x"}, "prompt: <image>: the model takes"),
+    ({"messages": [turn("<audio>x", audios=["a.wav"]), YES]}, "messages[0]: audios is not read"),
+    ({"messages": [turn("<video>x"), YES]}, "messages[0]: <video>: the model takes"),
+    ({"messages": [turn("x"), turn("<audio>y", "assistant")], "audios": ["a.wav"]},
+     "messages[1]: <audio> in an assistant's turn"),
+    ({"messages": [turn("x"), YES], "rejected_response": "<audio>no"},
+     "rejected_response: <audio> in an assistant's turn"),
+    ({"messages": [turn("x")], "chosen": "<audio>", "rejected": "no"}, "chosen: <audio> in an"),
+    ({"messages": [turn([{"type": "text", "text": "x"}]), YES]},
+     "messages[0]: content is a list of parts, expected one text with <audio>"),
+    ({"messages": [turn("x", "system"), turn("x"), YES], "system": "y"},
+     "both system and a system turn"),
+    ({"messages": [turn("x"), YES], "system": ["y"]}, "system is ['y']"),
+    ({"messages": [turn("x"), {**YES, "loss": 0}]}, "messages[1]: loss is 0, expected true or"),
+    ({"messages": [turn("x"), {**YES, "loss": False}]}, "loss is false in each answer"),
+    ({"messages": [turn("x"), YES, turn("x"), {**YES, "loss": False}], "rejected_response": "no"},
+     "loss is false in the turn that is compared"),
+    ({"query": "x"}, "response is missing"),
+    ({"query": "x", "response": "y", "history": ["a", "b"]}, "history[0] is 'a', expected [query"),
+    ({"query": "x", "response": "y", "history": {"a": "b"}}, "history is {'a': 'b'}, expected a"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("raw", "why"), LOST, ids=[why for _, why in LOST])
+def test_nothing_is_lost_without_a_word(raw, why, clips) -> None:
+    with pytest.raises(InputError) as caught:
+        row_of(raw, clips)
+    assert str(caught.value).startswith("x.jsonl:1: ") and why in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_empty_or_of_no_concern_is_passed_over(clips) -> None:
+    more = {"audio_seconds": 0.5, "audio_path": "", "images": [], "videos": None, "id": "audio-7"}
+    assert row_of({**OFFICIAL, "audio": "a.wav", "system": None, "source": None, **more}, clips)
+    said = {"messages": [turn("x", id=3), {**YES, "audio": None}], "conversations": None}
+    assert row_of({**said, "system": "", "rejected_response": None, **more}, clips)
+
+
 BROKEN = [
     ("{", "not JSON"),
     ("[]", "expected an object"),
@@ -206,8 +365,11 @@ def test_a_row_without_clips_has_no_seconds(clips) -> None:
 def test_a_clip_over_thirty_seconds_is_a_bad_row(tokenizer, clips) -> None:
     tone(clips / "long.wav", 300, 31)
     row = row_of({"audio": "long.wav", "prompt": "x", "gt": "y"}, clips)
-    with pytest.raises(InputError, match=r"x.jsonl:1: .*long.wav is 31.0 s long"):
+    with pytest.raises(InputError, match=r"x.jsonl:1: .*long.wav is 31.0 s long.* cut it into"):
         encode(row, tokenizer)
+    # Played faster it would fit, and be another row in every epoch.
+    with pytest.raises(InputError, match=r"long.wav is 31.0 s long"):
+        encode(row, tokenizer, change=lambda waveform: waveform[::2])
 
 
 # Batches
@@ -347,6 +509,17 @@ def test_speed_changes_the_clip_and_its_places_alike(tokenizer, rows) -> None:
         lengths.add(int(batch.conv_frames))
         assert int((batch.ids == audio).sum()) == int(batch.conv_frames) // 2
     assert len(lengths) > 2 and all(15 / 1.3 - 1 <= frames <= 15 / 0.7 + 1 for frames in lengths)
+
+
+def test_a_slower_clip_is_not_longer_than_the_model_hears(tokenizer, tmp_path) -> None:
+    tone(tmp_path / "a.wav", 300, 29)
+    row = {"audio": "a.wav", "prompt": "x", "gt": "y", "seconds": 29}
+    rows = Rows([write_lines(tmp_path / "rows.jsonl", [row])])
+    loader = Loader(rows, tokenizer, augment=Augment(speed=0.1))
+    examples = [loader.examples([0], torch.Generator().manual_seed(i)) for i in range(12)]
+    assert not any(bad for _, bad in examples)
+    lengths = [len(found[0].clips[0]) for found, _ in examples]
+    assert lengths.count(480_000) > 1 and len(set(lengths)) > 4 and max(lengths) == 480_000
 
 
 def test_noise_lies_between_5_and_30_decibels_below() -> None:

@@ -19,7 +19,7 @@ from training_rows import chat_row, checkpoint, official_rows, settings, tone, w
 from qwen2audio_core import assistant, cli, install, saving
 from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.training import checkpoint as saved
-from qwen2audio_core.training import loop, losses, parallel
+from qwen2audio_core.training import loop, losses, parallel, report
 from qwen2audio_core.training.data import Augment, collate
 from qwen2audio_core.training.lora import Settings as Adapter
 from qwen2audio_core.weights import load_model
@@ -343,6 +343,17 @@ def test_preference_moves_from_one_half_to_the_better_answers(
     assert last["won"] == 1.0 and last["loss"] < 0.6, last
 
 
+def test_the_better_answers_own_loss_is_their_mean(base, pairs, tmp_path) -> None:
+    run = a_run(base, [pairs], tmp_path, stage="dpo", dpo_sft=0.7, batch_seconds=9.0)
+    parts = [batch_of(run, range(3)), batch_of(run, range(3, 8))]
+    better = collate(run.loader.examples(range(8))[0], run.loader.pad_id)
+    with torch.no_grad():
+        total = float(run.trainee(better)["loss"])
+    assert sum(batch.supervised for batch in parts) == better.supervised
+    found = run.step(parts, 0.0)["loss"]  # at first the policy is the reference: log 2
+    assert found == pytest.approx(math.log(2) + 0.7 * total / better.supervised, rel=1e-4)
+
+
 def test_shared_clips_give_the_answers_of_separate_ones(base, pairs, tmp_path) -> None:
     run = a_run(base, [pairs], tmp_path, stage="dpo")
     examples, _ = run.loader.examples(range(3))
@@ -446,6 +457,47 @@ def test_killed_in_its_very_last_file_it_still_ends_with_a_result(
     assert written[0] == written[1]
 
 
+def test_a_kill_while_the_result_is_written_leaves_nothing_behind(base, data, tmp_path) -> None:
+    chosen = settings(base, [data], tmp_path / "run", steps=1)
+    loop.train(chosen)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "run" / "model").iterdir()}
+
+    def killed(stage: str) -> None:
+        """As `saving.write` leaves its folder when it is killed there."""
+        out = tmp_path / "run"
+        (out / ".model.4711.part").mkdir()
+        (out / ".model.4711.part" / "model.safetensors").write_bytes(b"half")
+        (out / ".checkpoint-00000007.part").mkdir()
+        if stage == "renaming":
+            (out / "model").rename(out / ".model.4711.old")
+
+    for stage in ("writing", "renaming"):
+        killed(stage)
+        a_run(base, [data], tmp_path / "run", steps=1)
+        hidden = [path.name for path in (tmp_path / "run").iterdir() if path.name[0] == "."]
+        assert hidden == []
+        kept = {path.name: path.read_bytes() for path in (tmp_path / "run" / "model").iterdir()}
+        assert kept == whole, stage
+    # Of another folder, or written by hand: not ours.
+    for name in (".model.part", ".models.12.part", ".model.x.old"):
+        (tmp_path / "run" / name).mkdir()
+    saving.clear(tmp_path / "run" / "model")
+    assert len([path for path in (tmp_path / "run").iterdir() if path.name[0] == "."]) == 3
+
+
+def test_a_run_without_a_checkpoint_begins_its_log_anew(base, data, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(report, "EVERY", 0.0)
+    chosen = settings(base, [data], tmp_path / "run", steps=3)
+    stopped = a_run(base, [data], tmp_path / "run", steps=3)
+    batches = stopped._batches()
+    for step in (1, 2):
+        figures = stopped.step([next(batches)], 0.0) | {"step_seconds": 1.0}
+        stopped.report.step(asdict(stopped.progress) | {"step": step}, figures, 0.1)
+    loop.train(chosen)
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(base, data, tmp_path) -> None:
     out = tmp_path / "run"
     run = a_run(base, [data], out, steps=2, save_every=1)
@@ -505,6 +557,35 @@ def test_a_gradient_that_is_no_number_is_skipped_and_ten_are_an_error(base, data
     assert all(torch.equal(a, b) for a, b in zip(before, run.trained, strict=True))
     with pytest.raises(InputError, match="not been finite for 10 steps"):
         run.step([batch], 0.0)
+
+
+def test_batches_without_a_usable_row_are_passed_over(base, tmp_path, capfd) -> None:
+    """As is an overlong clip that is alone in the first batch."""
+    rows = official_rows(tmp_path, 6)
+    for row in rows[:5]:
+        row["audio"] = "gone.wav"
+    rows[5]["seconds"] = 0.3
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    order = a_run(base, [file], tmp_path, batch_seconds=0.1)._plan(0)
+    assert [len(batch) for batch in order] == [1] * 6 and order[0] != [5]
+    run = a_run(base, [file], tmp_path / "run", steps=2, batch_seconds=0.1)
+    run.go()
+    met = [number for batch in order + run._plan(1) for number in batch]
+    end = met.index(5, met.index(5) + 1) + 1  # two steps are two meetings with the good row
+    assert run.progress.step == 2 and run.progress.bad == end - 2
+    assert run.progress.epoch * 6 + run.progress.batch == end
+    assert capfd.readouterr().err.count("gone.wav") == end - 2
+    write_lines(tmp_path / "rows.jsonl", rows[:5])
+    with pytest.raises(InputError, match=r"an epoch hold no row that can be used: .*:\d: .*gone"):
+        a_run(base, [file], tmp_path / "none", steps=2, batch_seconds=0.1).go()
+
+
+def test_bad_rows_to_measure_on_are_named(base, data, tmp_path, capfd) -> None:
+    valid = write_lines(tmp_path / "valid.jsonl", [*official_rows(tmp_path, 2), "{"])
+    a_run(base, [data], tmp_path / "run", valid=valid)
+    errors = capfd.readouterr().err
+    assert f"{valid}:3: not JSON" in errors
+    assert "to measure on: 2 rows, 1 bad ones left out" in errors
 
 
 def test_rows_that_cannot_be_read_are_named_and_counted(base, tmp_path, capfd) -> None:

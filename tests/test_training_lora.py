@@ -117,12 +117,18 @@ def test_peft_loads_ours_and_we_load_theirs(base, tmp_path) -> None:
             return model(input_ids=torch.arange(1, 13)[None]).logits
 
     ours = load_model(base)
-    patterns = ("language_model.model.layers.*_proj", "audio_tower.layers.*.fc2")
+    patterns = (
+        "language_model.model.layers.*_proj",
+        "language_model.lm_head",
+        "audio_tower.layers.*.fc2",
+    )
     lora.add(ours, lora.Settings(rank=4, alpha=12.0, patterns=patterns))
     filled(ours)
     lora.save(ours, tmp_path / "ours", base)
     theirs = peft.PeftModel.from_pretrained(reference(), tmp_path / "ours").eval()
     plain = their_scores(reference())
+    adapted = sum("lora_A" in name for name, _ in theirs.named_parameters())
+    assert adapted == len(lora.layers(ours))
     assert (their_scores(theirs) - plain).abs().max() > 1e-2  # it does something
     torch.testing.assert_close(their_scores(theirs), scores(ours), rtol=1e-4, atol=1e-4)
 
@@ -131,6 +137,12 @@ def test_peft_loads_ours_and_we_load_theirs(base, tmp_path) -> None:
     lora.load(again, tmp_path / "theirs")
     assert lora.layers(again).keys() == lora.layers(ours).keys()
     torch.testing.assert_close(scores(again), scores(ours), rtol=1e-5, atol=1e-5)
+    # They write the head's own weight along: of another model it is refused.
+    other = load_model(base)
+    with torch.no_grad():
+        other.language_model.lm_head.weight[3] += 1
+    with pytest.raises(CheckpointError, match="lm_head was another weight"):
+        lora.load(other, tmp_path / "theirs")
 
     made = peft.get_peft_model(
         reference(), peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"])
@@ -161,10 +173,17 @@ def test_a_broken_adapter_is_refused_in_one_line(base, tmp_path) -> None:
         ("use_dora", True, "use_dora True is not supported"),
         ("peft_type", "IA3", "not a LoRA adapter"),
         ("r", 5, "has shapes"),
+        ("init_lora_weights", "pissa_niter_4", "init_lora_weights 'pissa_niter_4' is not supp"),
+        ("init_lora_weights", "olora", "belongs to weights that were changed as well"),
+        ("alora_invocation_tokens", [1, 2], r"alora_invocation_tokens \[1, 2\] is not supported"),
     ):
         changed = copy.deepcopy(config) | {key: value}
         (tmp_path / "good" / lora.CONFIG).write_text(json.dumps(changed))
         refused(tmp_path / "good", match)
+    for begin in (False, None, "gaussian", "eva", "orthogonal"):
+        changed = config | {"init_lora_weights": begin, "alora_invocation_tokens": None}
+        (tmp_path / "good" / lora.CONFIG).write_text(json.dumps(changed))
+        lora.load(load_model(base), tmp_path / "good")
     (tmp_path / "good" / lora.CONFIG).write_text(json.dumps(config))
     (tmp_path / "good" / lora.WEIGHTS).write_bytes(b"short")
     refused(tmp_path / "good", "broken")

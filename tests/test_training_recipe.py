@@ -17,6 +17,7 @@ from qwen2audio_core import cli, ops
 from qwen2audio_core.config import Qwen2AudioConfig
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.training import inspect, loop, lora
+from qwen2audio_core.training.data import rows_from_folder
 from qwen2audio_core.weights import load_model
 
 ROOT = Path(cli.__file__).resolve().parents[1]
@@ -153,9 +154,52 @@ def test_a_folder_of_clips_becomes_rows(run, tmp_path) -> None:
     found = [json.loads(line) for text in lines for line in text.splitlines()]
     assert sorted(row["gt"] for row in found) == ["eins", "zwei"]
     assert all(row["prompt"] == "Say: <|de|>" and row["seconds"] == 0.5 for row in found)
-    for part, left in (("0.1", 1), ("0", 0)):
-        run("rows", folder, "--out", tmp_path / part, "--valid-part", part)
-        assert len((tmp_path / part / "valid.jsonl").read_text().splitlines()) == left
+    run("rows", folder, "--out", tmp_path / "few", "--valid-part", "0.1")
+    assert len((tmp_path / "few" / "valid.jsonl").read_text().splitlines()) == 1
+
+
+def test_rows_are_not_written_over_others_unasked(run, tmp_path) -> None:
+    """Nor is an empty file of rows to measure on written, or one of before left beside new rows."""
+    folder, out = tmp_path / "clips", tmp_path / "data"
+    folder.mkdir()
+    for name in ("a", "b"):
+        tone(folder / f"{name}.wav", 300, 0.5)
+        (folder / f"{name}.txt").write_text("eins\n")
+    run("rows", folder, "--out", out, "--valid-part", "0")
+    assert [path.name for path in out.iterdir()] == ["train.jsonl"]
+    (out / "train.jsonl").write_text("mine")
+    said = run("rows", folder, "--out", out, code=2)
+    assert said == (
+        f"error: {out}/train.jsonl: is there already; choose another folder, or replace it with"
+        " --overwrite\n"
+    )
+    assert (out / "train.jsonl").read_text() == "mine"
+    run("rows", folder, "--out", out, "--overwrite")
+    assert len((out / "train.jsonl").read_text().splitlines()) == 1
+    (out / "train.jsonl").unlink()
+    assert f"error: {out}/valid.jsonl: is there" in run("rows", folder, "--out", out, code=2)
+    run("rows", folder, "--out", out, "--valid-part", "0", "--overwrite")
+    assert [path.name for path in out.iterdir()] == ["train.jsonl"]
+    run("rows", folder, "--out", tmp_path / "most", "--valid-part", "0.9")
+    assert len((tmp_path / "most" / "train.jsonl").read_text().splitlines()) == 1
+
+
+def test_texts_and_clips_without_the_other_are_named(tmp_path) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in ("a.wav", "b.oga", "c.AIFF", "d.flac"):  # what a file holds is found by itself
+        tone(folder / name, 300, 31 if name == "b.oga" else 0.5)
+        (folder / name).with_suffix(".txt").write_text("eins\n")
+    for name in ("e.wv", "f.wv", "g.wv", "h.wv"):
+        (folder / name).write_bytes(b"wvpk")
+        (folder / name).with_suffix(".txt").write_text("eins\n")
+    said: list[str] = []
+    found = list(rows_from_folder(folder, "x", "asr", said.append))
+    assert [Path(row["audio"]).name for row in found] == ["a.wav", "b.oga", "c.AIFF", "d.flac"]
+    assert said == [
+        f"{folder}: left out, 4 .txt without a clip of the same name: e.txt, f.txt, g.txt, h.txt",
+        f"{folder}: 1 clips over 30 s, which training leaves out, cut them into pieces: b.oga",
+    ]
 
 
 def test_a_folder_that_makes_no_rows_is_one_line(run, tmp_path) -> None:
@@ -168,12 +212,13 @@ def test_a_folder_that_makes_no_rows_is_one_line(run, tmp_path) -> None:
 
     assert refused() == "no such folder"
     (folder / "deep").mkdir(parents=True)
-    assert refused().startswith("no clip here, looked for .wav, .flac")
+    said = refused()
+    assert said.startswith("no clip here, looked for .3g2") and ".aiff, " in said
     for name in ("a", "b", "c", "d", "deep/e"):
         tone(folder / f"{name}.wav", 300, 0.5)
     assert refused(folder / "a.wav") == "not a folder"
     no_text = "with no .txt of the same name"
-    assert refused() == f"of 5 clips, 5 {no_text}: a.wav, b.wav, c.wav and 2 more"
+    assert refused() == f"of 5 clips, 5 {no_text}: a.wav, b.wav, c.wav, d.wav, deep/e.wav"
     (folder / "a.txt").write_text("eins")
     (folder / "b.txt").write_bytes("zwölf".encode("latin-1"))
     (folder / "deep" / "e.txt").write_text("\n")
@@ -208,6 +253,29 @@ def test_a_check_that_finds_bad_rows_ends_with_2(base, run, tmp_path) -> None:
     printed = run("train", file, "--model", base, "--check", "--show", 1, code=2)
     assert "3 good, 1 bad" in printed and "<|audio_eos|>" in printed
     assert printed.endswith("error: bad rows: 1; training would leave them out\n")
+
+
+def test_a_check_reads_the_rows_to_measure_on_too(base, run, tmp_path) -> None:
+    rows = official_rows(tmp_path, 3)
+    good = write_lines(tmp_path / "good.jsonl", rows)
+    bad = write_lines(tmp_path / "bad.jsonl", [*rows, {**rows[0], "audio": "gone.wav"}, "{"])
+    words = ["train", good, "--model", base, "--check", "--valid"]
+    assert "3 good, 0 bad\nto measure on   3 good, 0 bad" in run(*words, good)
+    printed = run(*words, bad, code=2)
+    assert "rows            3 good, 0 bad\nto measure on   3 good, 2 bad" in printed
+    assert f"bad  {bad}:4: " in printed and f"bad  {bad}:5: not JSON" in printed
+    assert printed.endswith("error: bad rows: 2; training would leave them out\n")
+
+
+def test_a_check_counts_the_batches_that_a_run_has(base, tmp_path) -> None:
+    rows = [chat_row([], ["Good."], rejected_response="Bad.")] * 12
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    for stage in ("sft", "dpo"):
+        chosen = settings(base, [file], tmp_path, stage=stage, batch_tokens=60)
+        page, _ = inspect.statistics(chosen)
+        planned = loop.Run(chosen, loop.parallel.start("cpu"), loop.read_rows(chosen))._plan(0)
+        assert f"batches         {len(planned)} an epoch" in page
+        assert len(planned) == {"sft": 3, "dpo": 6}[stage]
 
 
 def test_masks_are_shown_in_brackets(base, tmp_path) -> None:
@@ -262,6 +330,21 @@ def test_the_counted_memory_is_the_memory(base, tmp_path) -> None:
     assert 0.7 < counted.activations / total < 1.4, (counted.activations, total)
 
 
+@pytest.mark.parametrize("adapter", [None, lora.Settings(rank=2)], ids=["whole", "lora"])
+def test_the_model_that_preference_compares_with_is_counted(adapter, base, tmp_path) -> None:
+    row = chat_row([], ["Good."], rejected_response="Bad.")
+    file = write_lines(tmp_path / "rows.jsonl", [row])
+    chosen = settings(base, [file], tmp_path, stage="dpo", adapter=adapter, freeze=("*.fc1.*",))
+    measured = loop.Run(chosen, loop.parallel.start("cpu"), loop.read_rows(chosen))
+    kept = measured.reference.parameters() if measured.reference is not None else ()
+    counted, _, _ = inspect.count(chosen, SHAPE)
+    assert counted.reference == sum(p.numel() * p.element_size() for p in kept)
+    assert (counted.reference > 0) == (adapter is None)
+    chosen.stage = "sft"
+    without, _, _ = inspect.count(chosen, SHAPE)
+    assert without.reference == 0 and counted.total == without.total + counted.reference
+
+
 def test_memory_of_an_adapter_on_the_published_shape(tmp_path) -> None:
     chosen = settings(
         "unused", ["unused"], tmp_path, adapter=lora.Settings(rank=8), bf16=True, recompute=True,
@@ -286,11 +369,18 @@ def test_options_that_do_not_go_together_are_one_line(base, run, tmp_path) -> No
         (["--steps", 1, "--lr", 0], "lr is 0"),
         (["--steps", 1, "--device", "tpu"], "device 'tpu'"),
         (["--steps", 1, "--listen-steps", 5], "needs an auxiliary loss"),
+        (["--steps", 1, "--listen-steps", 5, "--stage", "dpo"], "listen_steps is for pretrain"),
     ):
         error = run("train", file, "--model", base, "--out", tmp_path / "o", *words, code=2)
         assert error.startswith("error: ") and why in error and error.count("\n") == 1, error
     with pytest.raises(InputError, match="stage is 'rl'"):
         settings(base, [file], tmp_path, stage="rl")
+
+
+def test_a_number_of_rows_to_show_below_0_is_refused(base, run, tmp_path) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", official_rows(tmp_path, 1))
+    said = run("train", file, "--model", base, "--show", -1, code=2)
+    assert said.startswith("error: ") and "'--show'" in said
 
 
 @pytest.mark.parametrize("words", [["gone.jsonl"], ["gone.jsonl@2", "--lora", "--target", "x"]])

@@ -74,6 +74,12 @@ def save(
     return place
 
 
+def clear(out: Path) -> None:
+    """Remove what a run that was killed while it saved left half written."""
+    for part in out.glob(".checkpoint-????????.part"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def checkpoints(out: Path) -> list[Path]:
     """The complete ones, oldest first."""
     return sorted(out.glob("checkpoint-????????"))

@@ -25,11 +25,15 @@ def train(
         bool,
         typer.Option(
             "--check",
-            help="Read every row, print what the data is, and end; exit code 2: bad rows.",
+            help="Read every row, also of --valid, print what the data is, and end; exit code 2:"
+            " bad rows.",
         ),
     ] = False,
     show: Annotated[
-        int, typer.Option(help="Print so many rows, token by token: what is trained on. And end.")
+        int,
+        typer.Option(
+            min=0, help="Print so many rows, token by token: what is trained on. And end."
+        ),
     ] = 0,
     memory: Annotated[
         bool, typer.Option("--memory", help="Count the memory this run would need, and end.")
@@ -207,6 +211,9 @@ def rows(
     source: Annotated[str, typer.Option(help="Name of the set; asr...: transcripts.")] = "asr",
     valid_part: Annotated[float, typer.Option(help="Part of the clips to measure on.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Of which clips these are.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace train.jsonl and valid.jsonl.")
+    ] = False,
 ) -> None:
     """Make rows to train on from a folder of clips and texts.
 
@@ -219,21 +226,32 @@ def rows(
     from pathlib import Path
 
     from qwen2audio_core.errors import InputError
+    from qwen2audio_core.terminal import note
     from qwen2audio_core.training.data import rows_from_folder
 
     if not 0 <= valid_part < 1:
         raise InputError(f"--valid-part is {valid_part}, expected 0 up to less than 1")
-    found = list(rows_from_folder(Path(folder), prompt, source))
+    files = [Path(out) / f"{name}.jsonl" for name in ("train", "valid")]
+    for file in files:
+        if file.exists() and not overwrite:
+            raise InputError(
+                f"{file}: is there already; choose another folder, or replace it with --overwrite"
+            )
+    found = list(rows_from_folder(Path(folder), prompt, source, note))
     random.Random(seed).shuffle(found)
     held = round(valid_part * len(found))
     if valid_part and len(found) > 1:
         held = max(1, held)  # of few clips too there is something to measure on
+    held = min(held, len(found) - 1)
     Path(out).mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", found[held:]), ("valid", found[:held])):
+    for file, part in zip(files, (found[held:], found[:held]), strict=True):
+        if not part:
+            file.unlink(missing_ok=True)  # one of before, whose rows may be among those to train on
+            continue
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in part)
-        (Path(out) / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        file.write_text("".join(lines), encoding="utf-8")
         hours = sum(row["seconds"] for row in part) / 3600
-        typer.echo(f"{Path(out) / name}.jsonl  {len(part)} rows, {hours:.2f} h")
+        typer.echo(f"{file}  {len(part)} rows, {hours:.2f} h")
 
 
 def merge(

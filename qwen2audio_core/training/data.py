@@ -2,12 +2,13 @@
 
     file --scan--> index of rows --plan--> batches of row numbers --encode, collate--> Batch
 
-Only the index is in memory: where each line begins, how many seconds and characters it holds. Rows
-are read when their batch is due. Which rows form which batch, and every random change to them,
-follows from the seed, the epoch and the batch's number alone, so a resumed run meets the same
-batches, whatever the number of processes that prepare them (to rounding: each has one thread).
+Only the index is in memory: where each row lies, how many seconds and characters it holds. Rows are
+read when their batch is due. Which rows form which batch, and every random change to them, follows
+from the seed, the epoch and the batch's number alone, so a resumed run meets the same batches,
+whatever the number of processes that prepare them (to rounding: each has one thread).
 
-A row may have any of these forms:
+A file holds one row a line, or is one JSON array of rows (LLaMA-Factory). A row may have any
+of these forms:
 
     {"audio": "a.wav", "prompt": "Recognize the speech: <|en|>", "gt": "hello", "source": "asr_en"}
         the published evaluation files: the clip, the prompt without any markup, the answer, and
@@ -17,13 +18,20 @@ A row may have any of these forms:
         turn with its <|im_end|>.
     {"conversations": [{"from": "human", "value": "<audio>What is it?"}, ...], "audios": ["a.wav"]}
         LLaMA-Factory (sharegpt style): the same.
+    {"query": "<audio>What is it?", "response": "a dog", "history": [[query, response]], ...}
+        ms-swift's older form: the same.
+    ... "system": "Be brief."                        the system turn
+    ... {"role": "assistant", "content": "Hm.", "loss": false}       read and not learned (ms-swift)
     ... "rejected_response": "no"                    a worse last turn, for preference (ms-swift)
     ... "chosen": {turn}, "rejected": {turn}         the last turn twice (LLaMA-Factory)
 
-Paths are relative to the jsonl file. "seconds" (of all clips) may stand in a row and saves opening
-the clip while the index is made; "source" or "task" names where a row comes from.
+Clips stand in "audio" or in "audios", one file or a list; null and [] are none. What would be lost
+without a word, clips under another key, images and videos, makes a bad row; other keys are ignored.
+Paths are relative to the file. "seconds" (of all clips) may stand in a row and saves opening the
+clip while the index is made; "source" or "task" names where a row comes from.
 """
 
+import codecs
 import json
 import re
 from collections import Counter
@@ -31,23 +39,33 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from qwen2audio_core import audio, chat
+from qwen2audio_core import audio, audio_files, chat
 from qwen2audio_core.chat import AUDIO, AUDIO_BOS, AUDIO_EOS
 from qwen2audio_core.errors import InputError
-from qwen2audio_core.frontend import SAMPLE_RATE, clip_lengths, log_mel, mel_edges
+from qwen2audio_core.frontend import (
+    MAX_SAMPLES,
+    MAX_SECONDS,
+    SAMPLE_RATE,
+    clip_lengths,
+    log_mel,
+    mel_edges,
+)
 from qwen2audio_core.tokenizer import Tokenizer
 from qwen2audio_core.training.losses import IGNORE
-from qwen2audio_core.weights import few
 
 PLACEHOLDER = "<audio>"  # a clip's place in a message
 TAGS = re.compile(r"<\|[^|]*\|>")
+CLIPS = ("audio", "audios")  # where a row names them
 SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}  # sharegpt's names
-SHAPES = '{"audio", "prompt", "gt"}, {"messages", "audios"} or {"conversations", "audios"}'
+SHAPES = (
+    '{"audio", "prompt", "gt"}, {"messages", "audios"}, {"conversations", "audios"} or'
+    ' {"query", "response", "audios"}'
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +79,8 @@ class Row:
     rejected: str | None  # what the last answer should not be
     source: str  # which task and set it comes from; "asr_en" and its like are transcripts
     seconds: float | None
-    where: str  # file:line
+    where: str  # file:line, or file:item N of a JSON array
+    untaught: frozenset[int] = frozenset()  # messages of the assistant that are not trained on
 
     @property
     def transcript(self) -> str:
@@ -73,8 +92,10 @@ class Row:
 
     @property
     def characters(self) -> int:
+        """Of the longer of two answers."""
         texts = [self.prompt, self.answer, *(message["content"] for message in self.messages)]
-        return sum(map(len, texts))
+        answer = self.messages[-1]["content"] if self.messages else self.answer
+        return sum(map(len, texts)) + max(0, len(self.rejected or "") - len(answer))
 
 
 @dataclass(frozen=True)
@@ -85,7 +106,8 @@ class Example:
     answers: list[tuple[int, int]]  # spans of ids that are trained on
     clips: list[Tensor]  # waveforms (N,)
     row: Row
-    rejected: list[int] | None = None  # ids with the worse last answer, from answers[-1][0] on
+    rejected: list[int] | None = None  # ids with the worse last answer
+    rejected_begin: int = 0  # where that begins: a line end at its front is a token of its own
 
 
 @dataclass
@@ -110,8 +132,8 @@ class Batch:
 
     @property
     def supervised(self) -> int:
-        """Positions that are trained on."""
-        return int((self.labels[:, 1:] != IGNORE).sum())
+        """Positions that are trained on; of pairs, those of the better answers."""
+        return int((self.labels[: self.pairs or None, 1:] != IGNORE).sum())
 
     @property
     def supervised_rows(self) -> int:
@@ -134,28 +156,41 @@ def parse(raw: Any, where: str, folder: Path) -> Row:
     if not isinstance(raw, dict):
         raise InputError(f"{where}: a {type(raw).__name__}, expected an object")
     source = _text(raw, "source", where, raw.get("task") or "")
+    clips = _clips(raw, where, folder)
+    _nothing_else_to_hear(raw, where, CLIPS)
     seconds = raw.get("seconds")
-    silent = seconds == 0 and not (raw.get("audios") or raw.get("audio"))
-    if not (seconds is None or silent) and (
+    if not (seconds is None or (seconds == 0 and not clips)) and (
         not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds < 1e6
     ):
         raise InputError(f"{where}: seconds is {seconds!r}, expected a number above 0")
-    if "messages" in raw or "conversations" in raw:
-        messages, rejected = _conversation(raw, where)
-        clips = _clips(raw, where, folder)
-        places = sum(message["content"].count(PLACEHOLDER) for message in messages)
-        if places != len(clips):
+    turns = ["messages", "conversations"] + ["query"] * ("gt" not in raw)
+    if any(raw.get(key) is not None for key in turns):
+        messages, untaught, rejected = _conversation(raw, where)
+        places = [message["content"].count(PLACEHOLDER) for message in messages]
+        if sum(places) != len(clips):
             raise InputError(
-                f"{where}: {places} {PLACEHOLDER} in the turns for {len(clips)} audios"
+                f"{where}: {sum(places)} {PLACEHOLDER} in the turns for {len(clips)} audios"
             )
-        return Row(clips, messages, "", "", rejected, source, seconds, where)
+        # What follows the last turn to learn from is not even read.
+        end = 1 + max(
+            i
+            for i, message in enumerate(messages)
+            if message["role"] == "assistant" and i not in untaught
+        )
+        clips, untaught = clips[: sum(places[:end])], frozenset(i for i in untaught if i < end)
+        return Row(clips, messages[:end], "", "", rejected, source, seconds, where, untaught)
     if "gt" in raw:
-        clips = [_path(_text(raw, "audio", where), folder)] if raw.get("audio") else []
         prompt, answer = _text(raw, "prompt", where), _text(raw, "gt", where)
         if not answer:
             raise InputError(f"{where}: gt is empty, there is nothing to learn")
         if not clips and not prompt:
             raise InputError(f"{where}: neither audio nor prompt, there is nothing to answer")
+        if PLACEHOLDER in prompt:
+            raise InputError(
+                f"{where}: {PLACEHOLDER} in the prompt, before which the clips stand by"
+                " themselves: take it out"
+            )
+        _no_pictures(prompt, f"{where}: prompt")
         rejected = _text(raw, "rejected", where) if raw.get("rejected") is not None else None
         return Row(clips, [], prompt, answer, rejected, source, seconds, where)
     raise InputError(
@@ -163,36 +198,69 @@ def parse(raw: Any, where: str, folder: Path) -> Row:
     )
 
 
-def _conversation(raw: dict[str, Any], where: str) -> tuple[list[dict[str, str]], str | None]:
-    """The turns, and the worse last answer."""
-    key = "messages" if "messages" in raw else "conversations"
-    turns = raw[key]
-    if not isinstance(turns, list) or not turns:
-        raise InputError(f"{where}: {key} must be a list of turns")
-    messages = [_turn(turn, f"{where}: {key}[{i}]") for i, turn in enumerate(turns)]
-    system = raw.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
+def _conversation(
+    raw: dict[str, Any], where: str
+) -> tuple[list[dict[str, str]], frozenset[int], str | None]:
+    """The turns, which of them are not to be learned, and the worse last answer."""
+    given = [(_turn(turn, place), _taught(turn, place)) for turn, place in _turns(raw, where)]
+    system = _text(raw, "system", where, "")
+    if system:
+        if any(message["role"] == "system" for message, _ in given):
+            raise InputError(f"{where}: both system and a system turn, leave one of them out")
+        given.insert(0, ({"role": "system", "content": system}, True))
     rejected = None
     if raw.get("rejected_response") is not None:
-        rejected = _text(raw, "rejected_response", where)
+        rejected = _answer(_text(raw, "rejected_response", where), f"{where}: rejected_response")
     elif raw.get("rejected") is not None:
-        worse = raw["rejected"]
-        rejected = worse if isinstance(worse, str) else _answer(worse, f"{where}: rejected")
+        rejected = _answer(raw["rejected"], f"{where}: rejected")
     if raw.get("chosen") is not None:
-        better = raw["chosen"]
-        text = better if isinstance(better, str) else _answer(better, f"{where}: chosen")
-        messages.append({"role": "assistant", "content": text})
-    if messages[-1]["role"] != "assistant":
+        better, place = raw["chosen"], f"{where}: chosen"
+        message = {"role": "assistant", "content": _answer(better, place)}
+        given.append((message, isinstance(better, str) or _taught(better, place)))
+    if not given or given[-1][0]["role"] != "assistant":
         raise InputError(
             f"{where}: the last turn is not the assistant's, there is nothing to learn"
         )
-    if not all(turn["content"] for turn in messages if turn["role"] == "assistant"):
+    answers = [(message, learned) for message, learned in given if message["role"] == "assistant"]
+    if not all(message["content"] for message, _ in answers):
         raise InputError(f"{where}: an assistant's turn is empty, there is nothing to learn")
-    return messages, rejected
+    if not any(learned for _, learned in answers):
+        raise InputError(f"{where}: loss is false in each answer, there is nothing to learn")
+    if rejected is not None and not answers[-1][1]:
+        raise InputError(f"{where}: loss is false in the turn that is compared with a worse one")
+    untaught = frozenset(i for i, (_, learned) in enumerate(given) if not learned)
+    return [message for message, _ in given], untaught, rejected
+
+
+def _turns(raw: dict[str, Any], where: str) -> list[tuple[Any, str]]:
+    """The turns as they stand there, and where each does."""
+    for key in ("messages", "conversations"):
+        turns = raw.get(key)
+        if turns is None:
+            continue
+        if not isinstance(turns, list) or not turns:
+            raise InputError(f"{where}: {key} must be a list of turns")
+        return [(turn, f"{where}: {key}[{i}]") for i, turn in enumerate(turns)]
+    exchanges: list[tuple[Any, str]] = []
+    history = raw.get("history") or []
+    if not isinstance(history, list):
+        raise InputError(f"{where}: history is {history!r:.40}, expected a list of exchanges")
+    for i, pair in enumerate(history):
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            raise InputError(f"{where}: history[{i}] is {pair!r:.40}, expected [query, response]")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            exchanges.append(({"role": role, "content": text}, f"{where}: history[{i}]"))
+    query = {"role": "user", "content": _text(raw, "query", where)}
+    exchanges.append((query, f"{where}: query"))
+    if raw.get("response") is not None or raw.get("chosen") is None:
+        response = {"role": "assistant", "content": _text(raw, "response", where)}
+        exchanges.append((response, f"{where}: response"))
+    return exchanges
 
 
 def _answer(turn: Any, where: str) -> str:
+    if isinstance(turn, str):
+        turn = {"role": "assistant", "content": turn}
     message = _turn(turn, where)
     if message["role"] != "assistant":
         raise InputError(f"{where}: the turn is the {message['role']}'s, not the assistant's")
@@ -206,22 +274,66 @@ def _turn(turn: Any, where: str) -> dict[str, str]:
     role = SPEAKERS.get(role, role) if isinstance(role, str) else role
     if role not in chat.ROLES:
         raise InputError(f"{where}: role is {role!r}, expected one of {', '.join(chat.ROLES)}")
-    return {
-        "role": role,
-        "content": _text(turn, "value" if "from" in turn else "content", where),
-    }
+    _nothing_else_to_hear(turn, where)
+    key = "value" if "from" in turn else "content"
+    if isinstance(turn.get(key), list):
+        raise InputError(
+            f"{where}: {key} is a list of parts, expected one text with {PLACEHOLDER} at each"
+            " clip's place, and the clips in audios beside the turns"
+        )
+    content = _text(turn, key, where)
+    if role != "assistant":
+        _no_pictures(content, where)
+    elif PLACEHOLDER in content:
+        raise InputError(
+            f"{where}: {PLACEHOLDER} in an assistant's turn, the model answers in text alone:"
+            " take it out"
+        )
+    return {"role": role, "content": content}
+
+
+def _taught(turn: dict[str, Any], where: str) -> bool:
+    loss = turn.get("loss")
+    if not isinstance(loss, bool | None):
+        raise InputError(f"{where}: loss is {loss!r:.40}, expected true or false")
+    return loss is not False or turn.get("role", turn.get("from")) not in ("assistant", "gpt")
 
 
 def _clips(raw: dict[str, Any], where: str, folder: Path) -> list[str]:
-    clips = raw.get("audios", raw.get("audio")) or []
-    clips = [clips] if isinstance(clips, str) else clips
-    if not isinstance(clips, list) or not all(isinstance(clip, str) for clip in clips):
-        raise InputError(f"{where}: audios must be a list of files")
-    return [_path(clip, folder) for clip in clips]
+    given = {key: raw[key] for key in CLIPS if raw.get(key) not in (None, "", [])}
+    if len(given) > 1:
+        raise InputError(f"{where}: both {' and '.join(given)} name clips, leave one of them out")
+    for key, clips in given.items():
+        clips = clips if isinstance(clips, list) else [clips]
+        if not all(isinstance(clip, str) and clip for clip in clips):
+            raise InputError(
+                f"{where}: {key} is {raw[key]!r:.60}, expected a file or a list of files"
+            )
+        return [_path(clip, folder) for clip in clips]
+    return []
+
+
+def _nothing_else_to_hear(raw: dict[str, Any], where: str, known: Sequence[str] = ()) -> None:
+    """Refuse clips under a key that is not read, and what the model cannot take in."""
+    for key, value in raw.items():
+        if key in known or not isinstance(value, (str, list, dict)) or not value:
+            continue
+        if "audio" in key.lower():
+            raise InputError(
+                f"{where}: {key} is not read, clips are named in the row's audio or audios"
+            )
+        if key.lower() in ("image", "images", "video", "videos"):
+            raise InputError(f"{where}: {key}: the model takes sound and text alone")
+
+
+def _no_pictures(text: str, where: str) -> None:
+    for tag in ("<image>", "<video>"):
+        if tag in text:
+            raise InputError(f"{where}: {tag}: the model takes sound and text alone")
 
 
 def _text(raw: dict[str, Any], key: str, where: str, default: Any = None) -> str:
-    value = raw.get(key, default)
+    value = default if raw.get(key) is None else raw[key]
     if not isinstance(value, str):
         raise InputError(f"{where}: {key} is {'missing' if value is None else repr(value)[:40]}")
     return value
@@ -231,18 +343,23 @@ def _path(clip: str, folder: Path) -> str:
     return clip if "://" in clip or clip.startswith("data:") else str(folder / clip)
 
 
-def rows_from_folder(folder: Path, prompt: str, source: str) -> Iterator[dict[str, Any]]:
+def rows_from_folder(
+    folder: Path, prompt: str, source: str, notice: Callable[[str], object]
+) -> Iterator[dict[str, Any]]:
     """Rows of the official form for clips that lie beside their texts, a.wav by a.txt.
 
+    notice  called with a line on texts without a clip, and at the end on clips over 30 s
     errors  InputError where there is no such folder or no clip in it, and one for all the clips
             whose text is missing, empty or not UTF-8
     """
-    suffixes = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".webm", ".mp4")
     if not folder.is_dir():
         raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
-    clips = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    clips = [path for path in files if path.suffix.lower() in audio_files.SUFFIXES]
     if not clips:
-        raise InputError(f"{folder}: no clip here, looked for {', '.join(suffixes)}")
+        raise InputError(
+            f"{folder}: no clip here, looked for {', '.join(sorted(audio_files.SUFFIXES))}"
+        )
     texts: list[str] = []
     bad: dict[str, list[str]] = {}  # what is wrong, and with which files
     for clip in clips:
@@ -260,16 +377,32 @@ def rows_from_folder(folder: Path, prompt: str, source: str) -> Iterator[dict[st
         if not text:
             bad.setdefault(what, []).append(str(named.relative_to(folder)))
     if bad:
-        found = "; ".join(f"{len(names)} with {what}: {few(names)}" for what, names in bad.items())
+        found = "; ".join(
+            f"{len(names)} with {what}: {', '.join(names)}" for what, names in bad.items()
+        )
         raise InputError(f"{folder}: of {len(clips)} clips, {found}")
+    used = {clip.with_suffix(".txt") for clip in clips}
+    alone = [path for path in files if path.suffix == ".txt" and path not in used]
+    if alone:
+        names = ", ".join(str(path.relative_to(folder)) for path in alone)
+        notice(f"{folder}: left out, {len(alone)} .txt without a clip of the same name: {names}")
+    long: list[str] = []
     for clip, text in zip(clips, texts, strict=True):
+        seconds = len(audio.load(str(clip))) / SAMPLE_RATE
+        if seconds > MAX_SECONDS:
+            long.append(str(clip.relative_to(folder)))
         yield {
             "audio": str(clip.resolve()),
             "prompt": prompt,
             "gt": text,
             "source": source,
-            "seconds": round(len(audio.load(str(clip))) / SAMPLE_RATE, 3),
+            "seconds": round(seconds, 3),
         }
+    if long:
+        notice(
+            f"{folder}: {len(long)} clips over {MAX_SECONDS} s, which training leaves out, cut them"
+            f" into pieces: {', '.join(long)}"
+        )
 
 
 # Rows to examples
@@ -315,7 +448,8 @@ def _raw(row: Row, clips: list[Tensor], tokenizer: Tokenizer) -> Example:
                 f"{name} holds {AUDIO}, whose places are made from the clips: take it out"
             )
     rejected = None if row.rejected is None else ids + worse
-    return Example(ids + answer, [(len(ids), len(ids + answer))], clips, row, rejected)
+    answers = [(len(ids), len(ids + answer))]
+    return Example(ids + answer, answers, clips, row, rejected, len(ids))
 
 
 def _chat(row: Row, clips: list[Tensor], tokenizer: Tokenizer) -> Example:
@@ -327,12 +461,16 @@ def _chat(row: Row, clips: list[Tensor], tokenizer: Tokenizer) -> Example:
         ]
         return chat.encode(turns, tokenizer, add_generation_prompt=False)
 
-    prompt, rejected = written(row.messages), None
+    prompt, rejected, begin = written(row.messages), None, 0
+    said = [i for i, turn in enumerate(row.messages) if turn["role"] == "assistant"]
+    spans = zip(said, prompt.answers, strict=True)
+    answers = [span for i, span in spans if i not in row.untaught]
     if row.rejected is not None:
         worse = written([*row.messages[:-1], {**row.messages[-1], "content": row.rejected}])
-        rejected = worse.ids[: worse.answers[-1][1]]
+        begin, end = worse.answers[-1]
+        rejected = worse.ids[:end]
     # Nothing behind the last <|im_end|> is ever read by the model or taught to it.
-    return Example(prompt.ids[: prompt.answers[-1][1]], prompt.answers, clips, row, rejected)
+    return Example(prompt.ids[: answers[-1][1]], answers, clips, row, rejected, begin)
 
 
 def _items(content: str, clips: Iterator[Tensor]) -> Iterator[str | dict[str, Any]]:
@@ -344,18 +482,21 @@ def _items(content: str, clips: Iterator[Tensor]) -> Iterator[str | dict[str, An
 
 
 def _clip(source: str, change: Change | None) -> Tensor:
-    waveform = audio.load(source)
-    if change is not None:
-        waveform = change(waveform)
-    (piece,) = audio.split(waveform, "error", name=source)
-    return piece.waveform
+    waveform, name = audio.load(source), audio_files.source_name(source)
+    if len(waveform) > MAX_SAMPLES:
+        raise InputError(
+            f"{name} is {len(waveform) / SAMPLE_RATE:.1f} s long, the model hears {MAX_SECONDS} s"
+            f" at once: cut it into pieces of at most {MAX_SECONDS} s, each a row of its own"
+        )
+    (piece,) = audio.split(waveform, "error", name=name)
+    return piece.waveform if change is None else change(piece.waveform)
 
 
 # The index
 
 
 class Rows:
-    """The index of one or several jsonl files.
+    """The index of one or several files of rows.
 
     files  each a path, or "path@2.5": its rows then count 2.5 times in an epoch
     bad    one line for each row that cannot be used, "file:line: why"
@@ -367,7 +508,7 @@ class Rows:
         self.weights = [weight for _, weight in pairs]
         self.bad: list[str] = []
         self.characters: Counter[str] = Counter()  # of the transcripts, if they are counted
-        columns: list[list[float]] = [[], [], [], [], []]
+        columns: list[list[float]] = [[], [], [], [], [], []]
         for number, file in enumerate(self.files):
             for line, offset, content in _lines(file):
                 try:
@@ -378,12 +519,13 @@ class Rows:
                     continue
                 if count_characters:
                     self.characters.update(row.transcript)
-                found = (number, offset, line, length, row.characters)
+                found = (number, offset, line, length, row.characters, len(content))
                 for column, value in zip(columns, found, strict=True):
                     column.append(value)
         self._file = torch.tensor(columns[0], dtype=torch.int32)
         self._offset = torch.tensor(columns[1], dtype=torch.int64)
         self._line = torch.tensor(columns[2], dtype=torch.int32)
+        self._size = torch.tensor(columns[5], dtype=torch.int64)
         self.seconds = torch.tensor(columns[3], dtype=torch.float32)
         # What a row costs in tokens: 25 a second, 3 characters each, and the template's own.
         self.tokens = self.seconds * 25 + torch.tensor(columns[4], dtype=torch.float32) / 3 + 8
@@ -395,7 +537,7 @@ class Rows:
         file = self.files[int(self._file[i])]
         with file.open("rb") as lines:
             lines.seek(int(self._offset[i]))
-            return _parsed(lines.readline(), file, int(self._line[i]))
+            return _parsed(lines.read(int(self._size[i])), file, int(self._line[i]))
 
     def epoch(self, generator: torch.Generator) -> Tensor:
         """Numbers of the rows of one epoch, each file as often as its weight says."""
@@ -424,9 +566,13 @@ def weighted(file: str) -> tuple[Path, float]:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Number, offset and content of each line that is not empty."""
+    """Number, offset and content of each row; below 0 is the number of one in a JSON array."""
     try:
         with file.open("rb") as lines:
+            if lines.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+                yield from _items_of(lines, file)
+                return
+            lines.seek(0)
             at = 0
             for number, content in enumerate(lines, start=1):
                 if content.strip():
@@ -436,8 +582,47 @@ def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
         raise InputError(f"{file}: cannot read it ({error.strerror})") from error
 
 
+def _items_of(lines: BinaryIO, file: Path) -> Iterator[tuple[int, int, bytes]]:
+    lines.seek(0)
+    content = lines.read()
+    # One character a byte, so that places in the text are places in the file.
+    text, decoder, number = content.decode("latin-1"), json.JSONDecoder(), 0
+    at = text.index("[") + 1
+    behind = re.compile(r"[ \t\n\r]*")
+
+    def skip(place: int) -> int:
+        found = behind.match(text, place)
+        assert found is not None
+        return found.end()
+
+    try:
+        at = skip(at)
+        if text[at : at + 1] != "]":
+            while True:
+                _, end = decoder.raw_decode(text, at)
+                number += 1
+                yield -number, at, content[at:end]
+                at = skip(end)
+                if text[at : at + 1] != ",":
+                    break
+                at = skip(at + 1)
+        if text[at : at + 1] != "]":
+            raise ValueError("expected , or ]")
+        if text[at + 1 :].strip():
+            raise ValueError("more behind the array's end; rows that are arrays are not read")
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{file}: not a JSON array of rows behind item {number} ({error}); one object a line,"
+            " jsonl, is read as well"
+        ) from error
+
+
+def _place(file: Path, line: int) -> str:
+    return f"{file}:{line}" if line > 0 else f"{file}:item {-line}"
+
+
 def _parsed(content: bytes, file: Path, line: int) -> Row:
-    where = f"{file}:{line}"
+    where = _place(file, line)
     try:
         raw = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -522,7 +707,7 @@ class Sounds:
                 clip, end = _path(row["audio"], path.parent), float(row["end"])
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
-                    f"{path}:{line}: expected audio, phones and end ({error!r})"
+                    f"{_place(path, line)}: expected audio, phones and end ({error!r})"
                 ) from error
             self._of[clip] = (starts, torch.tensor(ids), end)
 
@@ -560,7 +745,8 @@ class Sounds:
 class Augment:
     """Changes to what is heard, off by default.
 
-    speed    a clip is played faster or slower by up to this part, 0.1 for 0.9 to 1.1
+    speed    a clip is played faster or slower by up to this part, 0.1 for 0.9 to 1.1; it grows to
+             30 s at most
     noise    part of the clips that get noise, white to brown, 5 to 30 dB below the speech
     voice    as another throat, microphone and room would have it: all frequencies of a clip are
              moved by one factor, up to this part (vocal tract length perturbation, Jaitly and
@@ -577,7 +763,8 @@ class Augment:
     def waveform(self, waveform: Tensor, generator: torch.Generator) -> Tensor:
         if self.speed:
             factor = 1 + self.speed * (2 * _uniform(generator) - 1)
-            count = max(400, round(len(waveform) / factor))
+            # A clip may not grow beyond what the model hears.
+            count = min(max(400, round(len(waveform) / factor)), MAX_SAMPLES)
             waveform = torch.nn.functional.interpolate(
                 waveform[None, None], size=count, mode="linear", align_corners=True
             )[0, 0]
@@ -658,7 +845,8 @@ def collate(
         for example in examples:
             if example.rejected is None:
                 raise InputError(f"{example.row.where}: no rejected answer to compare with")
-            written.append((example.rejected, [(example.answers[-1][0], len(example.rejected))]))
+            span = (example.rejected_begin, len(example.rejected))
+            written.append((example.rejected, [span]))
     longest = max((len(ids) for ids, _ in written), default=1)
     ids = torch.full((max(1, len(written)), longest), pad_id)
     labels = torch.full_like(ids, IGNORE)

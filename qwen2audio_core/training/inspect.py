@@ -10,8 +10,14 @@ from qwen2audio_core import assistant
 from qwen2audio_core.config import Qwen2AudioConfig
 from qwen2audio_core.tokenizer import Tokenizer
 from qwen2audio_core.training import lora
-from qwen2audio_core.training.data import Example, Loader, plan
-from qwen2audio_core.training.loop import Settings, freeze, read_rows
+from qwen2audio_core.training.data import Example, Loader
+from qwen2audio_core.training.loop import (
+    Settings,
+    freeze,
+    planned_batches,
+    read_rows,
+    read_valid,
+)
 from qwen2audio_core.weights import without_storage
 
 SHOWN = 10  # bad rows and sources that are printed
@@ -34,11 +40,20 @@ def _loader(settings: Settings) -> tuple[Loader, Qwen2AudioConfig]:
 
 
 def statistics(settings: Settings) -> tuple[str, int]:
-    """Read every row and every clip; returns a page on the data, the bad rows first, and how many
-    these are."""
-    loader, _ = _loader(settings)
+    """Read every row and every clip, also of those to measure on; returns a page on the data, the
+    bad rows first, and how many these are."""
+    loader, config = _loader(settings)
     rows = loader.rows
     bad = list(rows.bad)
+    held, held_good, held_bad = read_valid(settings), 0, list[str]()
+    if held is not None:
+        bins = config.audio.num_mel_bins
+        reader = Loader(held, loader.tokenizer, num_mel_bins=bins, limit=loader.limit)
+        held_bad += held.bad
+        for number in range(len(held)):
+            examples, faults = reader.examples([number])
+            held_good += len(examples)
+            held_bad += faults
     seconds: list[float] = []
     tokens: list[int] = []
     trained = turns = 0
@@ -54,12 +69,15 @@ def statistics(settings: Settings) -> tuple[str, int]:
             turns += len(example.answers)
             clips[len(example.clips)] += 1
             sources[example.row.source or "(no source)"] += 1
-    lines = [f"bad  {line}" for line in bad[:SHOWN]]
-    if len(bad) > SHOWN:
-        lines.append(f"bad  ... and {len(bad) - SHOWN:,} more")
+    faulty = bad + held_bad
+    lines = [f"bad  {line}" for line in faulty[:SHOWN]]
+    if len(faulty) > SHOWN:
+        lines.append(f"bad  ... and {len(faulty) - SHOWN:,} more")
     lines.append(f"rows            {len(tokens):,} good, {len(bad):,} bad")
+    if held is not None:
+        lines.append(f"to measure on   {held_good:,} good, {len(held_bad):,} bad")
     if not tokens:
-        return "\n".join(lines), len(bad)
+        return "\n".join(lines), len(faulty)
     by_clips = ", ".join(f"{count:,} with {n}" for n, count in sorted(clips.items()))
     lines += [
         f"answers         {turns:,} trained on, {trained:,} tokens with their ends",
@@ -67,13 +85,7 @@ def statistics(settings: Settings) -> tuple[str, int]:
         f"audio           {sum(seconds) / 3600:.2f} h; a row: {_spread(seconds, '.1f')} s",
         f"tokens          {sum(tokens):,}; a row: {_spread(tokens, '.0f')}",
     ]
-    batches = plan(
-        rows,
-        0,
-        batch_seconds=settings.batch_seconds,
-        batch_tokens=settings.batch_tokens,
-        seed=settings.seed,
-    )
+    batches = planned_batches(settings, rows, 0)
     length = rows.seconds
     padded = sum(float(length[batch].max()) * len(batch) for batch in batches)
     heard = sum(float(length[batch].sum()) for batch in batches)
@@ -85,7 +97,7 @@ def statistics(settings: Settings) -> tuple[str, int]:
         lines.append(f"source          {source}: {count:,}")
     if len(sources) > SHOWN:
         lines.append(f"source          ... and {len(sources) - SHOWN} more")
-    return "\n".join(lines), len(bad)
+    return "\n".join(lines), len(faulty)
 
 
 def _spread(values: list[float] | list[int], form: str) -> str:
@@ -110,8 +122,8 @@ def masks(settings: Settings, count: int) -> str:
         for example in examples:
             pages.append(mask(example, loader.tokenizer, config.audio_token_id))
             if loader.pairs and example.rejected is not None:
-                begin = example.answers[-1][0]
-                worse = Example(example.rejected, [(begin, len(example.rejected))], [], example.row)
+                span = (example.rejected_begin, len(example.rejected))
+                worse = Example(example.rejected, [span], [], example.row)
                 pages.append("rejected: " + mask(worse, loader.tokenizer, config.audio_token_id))
     return "\n\n".join(pages)
 
@@ -155,6 +167,7 @@ class Memory:
     """Bytes, counted and not measured. What the allocator and the libraries take comes on top."""
 
     weights: int  # frozen ones in the checkpoint's two bytes, trained ones in float32
+    reference: int  # the model as it was, which dpo compares with, float32; an adapter needs none
     gradients: int  # of what is trained, float32
     moments: int  # AdamW's two, float32
     activations: int  # kept for the backward pass at the longest batch
@@ -162,7 +175,8 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.moments + self.activations + self.head
+        kept = self.weights + self.reference + self.gradients + self.moments
+        return kept + self.activations + self.head
 
 
 def count(settings: Settings, config: Qwen2AudioConfig) -> tuple[Memory, int, int]:
@@ -199,7 +213,9 @@ def count(settings: Settings, config: Qwen2AudioConfig) -> tuple[Memory, int, in
             if tower is model.audio_tower:  # two mel frames a frame, both convolutions and gelus
                 activations += length * size * (2 * config.audio.num_mel_bins + 6 * width)
     head = (tokens // 8) * config.text.vocab_size * (size + 4 + 4)
-    return Memory(weights, 4 * trained, 8 * trained, activations, head), trained, everything
+    reference = 4 * everything if settings.stage == "dpo" and settings.adapter is None else 0
+    found = Memory(weights, reference, 4 * trained, 8 * trained, activations, head)
+    return found, trained, everything
 
 
 def _trains(module: nn.Module) -> bool:
@@ -228,7 +244,8 @@ def memory(settings: Settings) -> str:
     config = Qwen2AudioConfig.from_json(folder / "config.json")
     found, trained, everything = count(settings, config)
     lines = [f"trained         {trained / 1e6:,.2f} M of {everything / 1e6:,.2f} M parameters"]
-    for name in ("weights", "gradients", "moments", "activations", "head", "total"):
-        lines.append(f"{name:<15} {getattr(found, name) / 1e9:8.2f} GB")
+    for name in ("weights", "reference", "gradients", "moments", "activations", "head", "total"):
+        if getattr(found, name):
+            lines.append(f"{name:<15} {getattr(found, name) / 1e9:8.2f} GB")
     lines.append("counted for one process; the allocator's own need comes on top")
     return "\n".join(lines)

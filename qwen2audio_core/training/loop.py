@@ -101,6 +101,8 @@ class Settings:
             )
         if self.attend_weight and not self.sounds:
             raise InputError("attend_weight needs to know what is said when: give sounds")
+        if self.listen_steps and self.stage == "dpo":
+            raise InputError("listen_steps is for pretrain and sft: dpo compares answers")
         if self.listen_steps and not (self.sounds or self.ctc_weight):
             raise InputError("listen_steps needs an auxiliary loss: give sounds or ctc_weight")
 
@@ -174,6 +176,8 @@ class Trainee(nn.Module):
             if batch.mel is not None or self.lockstep:
                 self._audio(batch)
             found["loss"] = batch.ids.new_zeros((), dtype=torch.float32)
+            if self.lockstep and self._states is not None:  # a gradient for what the losses reach
+                found["loss"] = found["loss"] + 0 * self._states.sum()
         else:
             x = self.model.hidden(self._embed(batch))
             x, labels = losses.supervised(x, batch.labels)
@@ -262,6 +266,24 @@ def train(settings: Settings) -> Path:
 
 def read_rows(settings: Settings) -> Rows:
     return _usable(settings.data, count_characters=settings.ctc_weight > 0)
+
+
+def read_valid(settings: Settings) -> Rows | None:
+    return _usable([settings.valid]) if settings.valid else None
+
+
+def planned_batches(settings: Settings, rows: Rows, epoch: int) -> list[list[int]]:
+    """One epoch's batches as row numbers."""
+    # A pair is two rows of tokens on the same audio.
+    pair = 2 if settings.stage == "dpo" else 1
+    return plan(
+        rows,
+        epoch,
+        batch_seconds=settings.batch_seconds,
+        batch_tokens=settings.batch_tokens / pair,
+        seed=settings.seed,
+        short_first=settings.short_first,
+    )
 
 
 def _usable(files: Sequence[str], count_characters: bool = False) -> Rows:
@@ -370,6 +392,9 @@ class Run:
             note(f"training begins with {settings.model}")  # before a download of it
         self.folder = assistant.find(settings.model)
         self.report = report.Report(self.out, settings.tensorboard, quiet=not group.first)
+        if group.first:  # the only one that writes there
+            saving.clear(self.result)
+            checkpoint.clear(self.out)
         self.tokenizer = Tokenizer.from_folder(self.folder)
         model = _load(self.folder, settings, group)
         self.config = model.config
@@ -397,8 +422,8 @@ class Run:
         self.optimizer = self._make_optimizer()
         if done:
             checkpoint.load(done[-1], self.trainee, self.optimizer, group)
-            self.report.forget_after(self.progress.step)
             self.report.note(f"going on from {done[-1]}")
+        self.report.forget_after(self.progress.step)
         limit = model.config.text.max_position_embeddings
         bins = model.config.audio.num_mel_bins
         loader = partial(Loader, tokenizer=self.tokenizer, num_mel_bins=bins, limit=limit)
@@ -406,11 +431,12 @@ class Run:
         self.loader = loader(
             rows, pairs=pairs, augment=settings.augment, sounds=sounds, attend=attend
         )
-        self.valid = loader(_usable([settings.valid])) if settings.valid else None
+        held = read_valid(settings)
+        self.valid = loader(held) if held is not None else None
         self._plans: dict[int, list[list[int]]] = {}
         self._began = time.perf_counter() - self.progress.seconds
         self._failures = 0
-        for line in rows.bad:
+        for line in (*rows.bad, *(self.valid.rows.bad if self.valid else ())):
             self.report.note(line)
         self._describe(model)
 
@@ -437,6 +463,9 @@ class Run:
             f" out, {float(self.rows.seconds.sum()) / 3600:.2f} h of audio;"
             f" {trained / 1e6:.2f} M of {everything / 1e6:.2f} M parameters are trained"
         )
+        if self.valid is not None:
+            good, bad = len(self.valid.rows), len(self.valid.rows.bad)
+            self.report.note(f"to measure on: {good:,} rows, {bad:,} bad ones left out")
 
     def go(self) -> None:
         """Steps until the end."""
@@ -445,14 +474,8 @@ class Run:
         part = self._part()
         while part < 1:
             began = time.perf_counter()
-            mine = list(islice(batches, settings.accumulate))
-            for batch in mine:
-                progress.bad += len(batch.bad)
-                for line in batch.bad:
-                    self.report.note(line)
-            figures = self.step(mine, part)
+            figures = self._next_step(batches, part)
             progress.step += 1
-            self._advance()
             progress.seconds = time.perf_counter() - self._began
             figures["step_seconds"] = time.perf_counter() - began
             part = self._part()
@@ -462,6 +485,23 @@ class Run:
             if progress.step % settings.save_every == 0 or part >= 1:
                 self.save()
         self.report.finish()
+
+    def _next_step(self, batches: Iterator[Batch], part: float) -> dict[str, float]:
+        """A step on the next batches with a row that can be used."""
+        settings, passed, fault = self.settings, 0, ""
+        while True:
+            mine = list(islice(batches, settings.accumulate))
+            for batch in mine:
+                for line in batch.bad:
+                    self.report.warn(line)
+                    fault = fault or line
+            figures = self.step(mine, part)
+            self._advance()
+            if figures:
+                return figures
+            passed += settings.accumulate * self.group.world
+            if passed >= len(self._plan(self.progress.epoch)):
+                raise InputError(f"the batches of an epoch hold no row that can be used: {fault}")
 
     def _part(self) -> float:
         """How much of the run is over, 0 to 1."""
@@ -486,20 +526,10 @@ class Run:
 
     def _plan(self, epoch: int) -> list[list[int]]:
         if epoch not in self._plans:
-            settings = self.settings
-            # A pair is two rows of tokens on the same audio.
-            pair = 2 if settings.stage == "dpo" else 1
-            planned = plan(
-                self.rows,
-                epoch,
-                batch_seconds=settings.batch_seconds,
-                batch_tokens=settings.batch_tokens / pair,
-                seed=settings.seed,
-                short_first=settings.short_first,
-            )
+            planned = planned_batches(self.settings, self.rows, epoch)
             if not planned:
                 raise InputError(
-                    f"{', '.join(settings.data)}: an epoch has no row (weights too low)"
+                    f"{', '.join(self.settings.data)}: an epoch has no row (weights too low)"
                 )
             self._plans = {e: p for e, p in self._plans.items() if e >= epoch - 1}
             self._plans[epoch] = planned
@@ -544,7 +574,10 @@ class Run:
     # One step
 
     def step(self, batches: Sequence[Batch], part: float) -> dict[str, float]:
-        """One step of the optimizer on this process's batches and those of the others."""
+        """One step of the optimizer on this process's batches and those of the others.
+
+        returns  its figures; none, and nothing is changed, where no row can be used
+        """
         settings, group = self.settings, self.group
         dpo = settings.stage == "dpo"
         # Dropout draws from the step's own seed, so there is no generator to save.
@@ -558,11 +591,12 @@ class Run:
                 float(sum(len(batch.heard) for batch in batches if batch.heard is not None)),
                 sum(batch.seconds for batch in batches),
                 float(sum(batch.tokens for batch in batches)),
+                float(sum(len(batch.bad) for batch in batches)),
             ]
         )
-        if counts[0] == 0 and self.progress.step == 0:
-            first = next((line for batch in batches for line in batch.bad), "")
-            raise InputError(f"the first batches hold no row that can be used: {first}")
+        self.progress.bad += int(counts[7])
+        if counts[0] == 0:
+            return {}
         weight, clips, pairs, frames, said = (max(1.0, count) for count in counts[:5])
         auxiliary = max(0.0, 1 - part / settings.auxiliary_until)
         lr = self._set_rate(part)
@@ -571,7 +605,7 @@ class Run:
         sums = [0.0] * 7  # next token, ctc; won and margin of pairs; sounds, how many right; attend
         for batch in batches:
             batch.to(group.device)
-            reference = self._reference(batch) if batch.pairs else None
+            reference = self._reference(batch) if dpo and (batch.pairs or group.world > 1) else None
             with self._autocast():
                 found = self.trainee(batch)
             loss = found["loss"] / weight
@@ -628,7 +662,8 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def _reference(self, batch: Batch) -> Tensor:
+    def _reference(self, batch: Batch) -> Tensor | None:
+        """What the answers' log p was at first; None on a batch whose rows are all bad."""
         with self._autocast():
             if self.reference is not None:
                 found = self.reference(batch)
@@ -637,8 +672,7 @@ class Run:
                 with lora.disabled(self.trainee):
                     found = self.trainee(batch)
                 self.trainee.train()
-        log_probs: Tensor = found["log_probs"]
-        return log_probs
+        return found.get("log_probs")
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.settings.bf16)

@@ -35,6 +35,8 @@ from qwen2audio_core.weights import few, published_name
 
 CONFIG, WEIGHTS = hub.ADAPTER, "adapter_model.safetensors"
 LANGUAGE_MODEL = ("language_model.model.layers.*_proj",)  # all its layers but the head
+# Of PEFT's init_lora_weights; pissa, olora, corda, loftq and others change the model's own weights.
+_BASE_AS_IT_WAS = (True, False, None, "gaussian", "eva", "orthogonal")
 _PREFIX = "base_model.model."  # PEFT's wrapper around the model
 
 
@@ -238,11 +240,15 @@ def _pattern_of(names: Sequence[str]) -> str:
     """The adapted layers as a regular expression, which PEFT matches against whole paths: each
     tower's name, whatever a release has around it, and the path in the tower."""
     tails: dict[str, list[str]] = {}
+    parts: list[str] = []
     for name in names:
         tower, _, rest = name.partition(".")
-        tails.setdefault(tower, []).append(re.escape(rest.removeprefix("model.")))
-    towers = (rf"{tower}\.(?:model\.)?(?:{'|'.join(rest)})" for tower, rest in tails.items())
-    return rf"(?:.*\.)?(?:{'|'.join(towers)})"
+        if rest == "lm_head":  # which stands outside its tower from release 5 on
+            parts.append(rf"(?:{tower}\.)?lm_head")
+        else:
+            tails.setdefault(tower, []).append(re.escape(rest.removeprefix("model.")))
+    parts += (rf"{tower}\.(?:model\.)?(?:{'|'.join(rest)})" for tower, rest in tails.items())
+    return rf"(?:.*\.)?(?:{'|'.join(parts)})"
 
 
 def base_of(folder: str | Path) -> str:
@@ -277,7 +283,7 @@ def load(model: Qwen2Audio, folder: str | Path) -> Settings:
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(
-            r"(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.default)?\.weight", key
+            r"(?:base_model\.model\.)?(.+)\.(lora_[AB]|base_layer)(?:\.default)?\.weight", key
         )
         if match is None:
             raise CheckpointError(f"{folder / WEIGHTS}: {key} is not part of a LoRA adapter")
@@ -286,8 +292,14 @@ def load(model: Qwen2Audio, folder: str | Path) -> Settings:
     modules = dict(model.named_modules())
     for name, pair in found.items():
         module = modules.get(name)
+        own = pair.pop("base_layer", None)  # PEFT writes that of an adapted head along
         if not isinstance(module, Linear) or pair.keys() != {"lora_A", "lora_B"}:
             raise CheckpointError(f"{folder / WEIGHTS}: {name} does not fit the model")
+        if own is not None and not _same(own, module.weight):
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {name} was another weight when the adapter was made: load it"
+                " into the model that it belongs to"
+            )
         shapes = (config["r"], module.in_features), (module.out_features, config["r"])
         if (tuple(pair["lora_A"].shape), tuple(pair["lora_B"].shape)) != shapes:
             raise CheckpointError(
@@ -305,6 +317,12 @@ def load(model: Qwen2Audio, folder: str | Path) -> Settings:
     return settings
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two weights are one, but for the rounding of their dtypes."""
+    a = a.to(b.device)
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-5)
+
+
 def _check_config(folder: Path, config: Any) -> None:
     """Refuse what would change the arithmetic."""
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -317,11 +335,19 @@ def _check_config(folder: Path, config: Any) -> None:
         ("alpha_pattern", ({}, None)),
         ("modules_to_save", ([], None)),
         ("fan_in_fan_out", (False, None)),
+        ("alora_invocation_tokens", (None,)),
     ):
         if config.get(key) not in good:
             raise CheckpointError(
                 f"{folder / CONFIG}: {key} {config[key]!r} is not supported, only {good[0]!r}"
             )
+    begin = config.get("init_lora_weights")
+    if begin not in _BASE_AS_IT_WAS:
+        raise CheckpointError(
+            f"{folder / CONFIG}: init_lora_weights {begin!r} is not supported, such an adapter"
+            " belongs to weights that were changed as well: save it as a plain one, in PEFT with"
+            " path_initial_model_for_weight_conversion"
+        )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
         raise CheckpointError(f"{folder / CONFIG}: r and lora_alpha must be numbers")

@@ -35,7 +35,11 @@ class Report:
 
     def note(self, line: str) -> None:
         if not self.quiet:
-            print(line, file=sys.stderr, flush=True)
+            self.warn(line)
+
+    def warn(self, line: str) -> None:
+        """A note from any process: each of them meets other rows."""
+        print(line, file=sys.stderr, flush=True)
 
     def step(self, progress: dict[str, Any], figures: dict[str, float], part: float) -> None:
         """Called after every step; writes the mean of the steps since the last line."""
