@@ -7,7 +7,6 @@ Everything here is put together from the parts below it. People who change the m
     logits = model(batch.ids, batch.mel, batch.conv_frames)
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from qwen2audio_core import backends, chat, hub, tiny, weights
 from qwen2audio_core.chat import Long, Prompt
-from qwen2audio_core.errors import CheckpointError, InputError
+from qwen2audio_core.errors import CheckpointError, InputError, warn
 from qwen2audio_core.generate import Generation
 from qwen2audio_core.linear import Linear, why_not_packed
 from qwen2audio_core.model import Qwen2Audio
@@ -241,10 +240,7 @@ class Assistant:
     def _checked(self, prompt: Prompt, notice: Callable[[str], None] | None) -> Prompt:
         chat.check_length(prompt, self.model.config.text.max_position_embeddings)
         for line in prompt.notices:
-            if notice is None:
-                warnings.warn(line, stacklevel=3)
-            else:
-                notice(line)
+            (notice or warn)(line)
         return prompt
 
     def stream_prompts(

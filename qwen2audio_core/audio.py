@@ -9,7 +9,6 @@ channels a file has and whatever its rate.
 
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any, Literal, NamedTuple
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from qwen2audio_core import audio_files, install
 from qwen2audio_core.audio_files import BLOCK_SAMPLES, Blocks
-from qwen2audio_core.errors import AudioError
+from qwen2audio_core.errors import AudioError, warn
 from qwen2audio_core.frontend import MAX_SAMPLES, MAX_SECONDS, SAMPLE_RATE, clip_lengths
 
 MAX_CHANNELS = 64  # of an array; more means that its axes are not channels and samples
@@ -283,10 +282,7 @@ def split(
     else:
         bounds = [0, MAX_SAMPLES]
         message = f"{too_long}: only its first {MAX_SECONDS} s are used"
-    if notice is None:
-        warnings.warn(message, stacklevel=2)
-    else:
-        notice(message)
+    (notice or warn)(message)
     return [
         Piece(waveform[start:end], start / SAMPLE_RATE, end / SAMPLE_RATE)
         for start, end in itertools.pairwise(bounds)

@@ -255,7 +255,7 @@ def decode(file: BinaryIO, name: str) -> Blocks:
         raise AudioError(f"{name}: raw samples do not say their rate: pass an array") from error
     with sound:
         rate, frames = sound.samplerate, sound.frames
-        starts, run, stated = _streams(file, sound.format)
+        starts, run, stated = _streams(file, sound.format, name)
         if len(starts) > 1:  # of which libsndfile reads the first
             for start, end in itertools.pairwise([*starts, size]):
                 yield from decode(io.BufferedReader(_Part(file, start, end)), name)
@@ -339,20 +339,50 @@ class _Part(io.RawIOBase):
         return len(data)
 
 
-def _streams(file: BinaryIO, form: str) -> tuple[list[int], int, bool]:
+def _streams(file: BinaryIO, form: str, name: str) -> tuple[list[int], int, bool]:
     # Where each of the recordings that were put one behind the other begins; for mp3 also the
     # samples in the unbroken run of frames from the first, and whether a header states the length.
+    # AudioError where more follows behind bytes that belong to none: libsndfile would stop there.
     position = file.tell()
     try:
+        starts, run, stated, end = [0], 0, True, 0
         if form == "MP3":
-            return _mp3_streams(file)
-        starts = {"OGG": _ogg_streams, "FLAC": _flac_streams}.get(form, lambda _: [0])(file)
-        return starts, 0, True
+            starts, run, stated, end = _mp3_streams(file)
+        elif form == "OGG":
+            starts, end = _ogg_streams(file)
+        elif form == "FLAC":
+            starts = _flac_streams(file)
+        if end and _more_behind(file, end, form):
+            raise AudioError(
+                f"{name}: broken or cut short: byte {end} and what follows are no {form.lower()}"
+            )
+        return starts, run, stated
     finally:
         file.seek(position)
 
 
-def _ogg_streams(file: BinaryIO) -> list[int]:
+def _more_behind(file: BinaryIO, offset: int, form: str) -> bool:
+    # Whether a recording goes on or begins anew behind bytes that are none. Three mp3 frames in a
+    # row, or an ogg page that begins a stream, are hardly ever met by chance.
+    file.seek(offset)
+    tail = b""
+    while block := file.read(2**20):
+        data = tail + block
+        if form == "OGG" and re.search(rb"OggS\0[\x02\x06]", data):
+            return True
+        at = data.find(b"\xff") if form == "MP3" else -1
+        while at >= 0:
+            end, frames = at, 0
+            while frames < 3 and (frame := _mp3_frame(data[end : end + 4])):
+                end, frames = end + frame[0], frames + 1
+            if frames == 3:
+                return True
+            at = data.find(b"\xff", at + 1)
+        tail = data[-8192:]
+    return False
+
+
+def _ogg_streams(file: BinaryIO) -> tuple[list[int], int]:
     # RFC 3533, sections 4 and 6: streams that are mixed begin together, before any other page.
     starts, offset, beginning = [], 0, False
     while (
@@ -362,21 +392,21 @@ def _ogg_streams(file: BinaryIO) -> list[int]:
             starts.append(offset)
         beginning = bool(page[5] & 2)
         offset += 27 + page[26] + sum(file.read(page[26]))
-    return starts or [0]
+    return starts or [0], offset
 
 
 def _flac_streams(file: BinaryIO) -> list[int]:
     # RFC 9639, section 8: the marker and the header of STREAMINFO, 34 bytes, last block or not.
-    starts, offset, tail = [0], 4, b""
+    starts, offset, tail = list[int](), 0, b""
     file.seek(offset)
     while block := file.read(2**20):
         for found in re.finditer(rb"fLaC[\x00\x80]\x00\x00\x22", tail + block):
             starts.append(offset - len(tail) + found.start())
         offset, tail = offset + len(block), block[-7:]
-    return starts
+    return [0, *starts[1:]]  # a tag may stand before the first
 
 
-def _mp3_streams(file: BinaryIO) -> tuple[list[int], int, bool]:
+def _mp3_streams(file: BinaryIO) -> tuple[list[int], int, bool, int]:
     file.seek(0)
     offset = _mp3_tag(file.read(16))
     file.seek(offset)
@@ -387,22 +417,22 @@ def _mp3_streams(file: BinaryIO) -> tuple[list[int], int, bool]:
     while file.seek(offset) == offset:
         head = file.read(16)
         if frame := _mp3_frame(head[:4]):
-            if begin:
+            if begin and run:
                 starts.append(begin)
             run, begin = run + frame[1] * (len(starts) == 1), 0
             offset += frame[0]
         elif tag := _mp3_tag(head):
-            begin = offset if head[:3] == b"ID3" else offset + tag  # the others stand at an end
-            offset += tag
+            begin = offset = offset + tag
         else:
             break
-    return starts, run, stated
+    return starts, run, stated, offset if run else 0
 
 
 def _mp3_tag(head: bytes) -> int:
     # Bytes of the ID3v2, ID3v1 or APEv2 tag that begins so, 0 for none.
     if head[:3] == b"ID3" and len(head) >= 10:  # its size in four digits of seven bits
-        return 10 + sum((byte & 127) << 7 * (3 - i) for i, byte in enumerate(head[6:10]))
+        size = sum((byte & 127) << 7 * (3 - i) for i, byte in enumerate(head[6:10]))
+        return size + (20 if head[5] & 16 else 10)  # with a footer, or without
     if head[:3] == b"TAG":
         return 128
     if head[:8] == b"APETAGEX" and len(head) >= 16:

@@ -120,7 +120,7 @@ def ask(
 
     message = user_turn(text, audio)  # before the model is loaded, as all that could be a slip
     if text and _named_as_clip(text):
-        if os.path.isfile(text):
+        if os.path.isfile(text) or text.startswith(URLS):
             raise InputError(f"{text} is a clip, not a question: give it as --audio {text}")
         if not any(map(str.isspace, text)):
             raise InputError(f"{text}: no such file; clips go behind --audio")
@@ -450,7 +450,9 @@ def expand_clips(words: list[str]) -> list[str]:
             if taking:
                 result.append("--audio")
             elif os.path.isdir(word):
-                raise InputError(f"{word}: is a folder; if it is the question, put it first")
+                raise InputError(
+                    f"{word}: is a folder; name its files, or if it is the question, put it first"
+                )
             elif _named_as_clip(word) or (bare and ("/" in word or os.sep in word)):
                 raise InputError(f"{word}: no such file; if it is the question, put it first")
         result.append(word)
@@ -503,7 +505,9 @@ def _mend_streams() -> None:
     if sys.stderr is None:  # closed by whoever runs us; print() would turn to stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if sys.stdout is None:
-        sys.exit(_fail("stdout is closed: there is nowhere to put the answer"))
+        if sys.argv[1:2] and sys.argv[1] in ("ask", "chat", "transcribe", "compare", "info"):
+            sys.exit(_fail("stdout is closed: there is nowhere to put the answer"))
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 

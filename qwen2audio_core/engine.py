@@ -213,6 +213,7 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._entering: list[Request] = []  # taken out of the queue, being read
         self._active: list[Request] = []  # of slot 0, 1, ...
+        self._leaving: list[tuple[Request, str, Exception | None]] = []  # to be told their end
         self._changed = threading.Condition()  # guards _waiting and _closed
         self._closed = False
         self._mover: threading.Thread | None = None  # who is in `advance`
@@ -381,16 +382,16 @@ class Engine:
         """The requests to read next, each with what is known of it already, in their order."""
         group: list[tuple[Request, Beginning | None]] = []
         free = self.max_batch - len(self._active)
-        tokens = 0
+        tokens, prefixes = 0, self.prefixes
         with self._changed:
             while self._waiting and len(group) < min(free, 1 if self.deterministic else free):
                 request = self._waiting[0]
-                known, start = self.prefixes.find(request._beginning)
+                known, start = prefixes.find(request._beginning)
                 tokens += len(request._job.ids) - start
                 if group and (tokens > self.prefill_tokens or self._worth_waiting(request, group)):
                     break
                 request._job.start = request.reused = start
-                request._prefixes = self.prefixes
+                request._prefixes = prefixes
                 group.append((request, known))
                 self._entering.append(self._waiting.popleft())
         return group
@@ -470,7 +471,6 @@ class Engine:
 
     def _finish_where(self, ends: dict[int, tuple[str, Exception | None]]) -> None:
         """End the requests of these rows, and those whose callers asked for it."""
-        over = []
         for row in reversed(range(len(self._active))):
             request = self._active[row]
             reason, error = ends.get(row, (request._wanted_end, None))
@@ -478,14 +478,15 @@ class Engine:
                 continue
             if error is None:
                 self._keep(row, len(request._job.ids) + len(request.ids) - 1)
+            self._leaving.append((request, reason, error))
             last = len(self._active) - 1
             if row != last:  # slots in use stay together at the front
                 self.slots.move(last, row)
                 self._active[row] = self._active[last]
             self._active.pop()
             self.slots.clear(last)
-            over.append((request, reason, error))
-        for request, reason, error in over:  # its caller is told when all slots are in order
+        while self._leaving:  # told when all slots are in order
+            request, reason, error = self._leaving.pop(0)
             request._close(reason, error)
 
     def _keep(self, row: int, length: int) -> None:
@@ -513,10 +514,19 @@ class Engine:
             left = [*self._active, *self._entering, *self._waiting]
             for requests in (self._active, self._entering, self._waiting):
                 requests.clear()
+            told = {id(request): end for request, *end in self._leaving}
+            left += [request for request, *_ in self._leaving if request not in left]
+            self._leaving.clear()
+        faults = []
         for request in left:
-            request._close(reason, error)
+            try:
+                request._close(*told.get(id(request), (reason, error)))
+            except Exception as fault:  # an on_end that raises keeps nobody else waiting
+                faults.append(fault)
         if self._backend is not None:
             self._backend.restore()
+        if faults:
+            raise faults[0]
 
 
 def _kernels(backend: str, device: torch.device) -> Any:

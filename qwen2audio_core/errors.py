@@ -1,5 +1,23 @@
 """The errors a person can cause: one line each, what was wrong, where, and what to do."""
 
+import sys
+import warnings
+
+
+class Notice(UserWarning):
+    """Worth knowing and no error, such as where a long clip was split."""
+
+
+warnings.simplefilter("always", Notice, append=True)  # each one, unless a filter says otherwise
+
+
+def warn(line: str) -> None:
+    """A Notice as of the line outside this package that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("qwen2audio_core"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(line, Notice, stacklevel=level)
+
 
 class InputError(ValueError):
     """Something given cannot be used. The command line prints the line and exits with 2."""

@@ -411,6 +411,7 @@ class Slots:
         """Empty a slot. Until its next prefill it may be computed along with others."""
         for tensor in self.cache.tensors:  # what it hid might not be finite
             tensor[:, row, : self._known[row] + 1] = 0
+        self.failures.pop(row, None)
         self.ended[row] = True
         self.lengths[row] = self._known[row] = 0
         self._weighed[row] = False

@@ -403,6 +403,43 @@ def test_recordings_one_behind_the_other_are_all_heard(kind: dict[str, str], tag
     refused(tag.join(parts)[:-800], "broken or cut short|cut short")
 
 
+@pytest.mark.parametrize("tag", [ID3, ID3 + ID3, ID3[:6] + b"\0\0\x46\0" + bytes(70 << 7)])
+@pytest.mark.parametrize("kind", [{"format": "FLAC", "subtype": "PCM_16"}, MP3])
+def test_tags_before_the_first_recording(kind: dict[str, str], tag: bytes) -> None:
+    data = encode(noise(32_000), **kind)
+    if kind is MP3 or tag != ID3 + ID3:  # libsndfile skips one before a flac
+        assert torch.equal(audio.load(tag + data), audio.load(data))
+    if kind is MP3:
+        assert torch.equal(audio.load(ID3 + tag + data), audio.load(data))
+
+
+@pytest.mark.parametrize(
+    ("kind", "between"),
+    [
+        (MP3, b"LYRICSBEGIN" + bytes(500) + b"000511LYRICS200"),
+        (MP3, bytes(100_000)),
+        ({"format": "OGG", "subtype": "OPUS"}, bytes(3)),
+        ({"format": "OGG", "subtype": "VORBIS"}, bytes(2**20)),
+    ],
+    ids=["lyrics", "zeros", "opus", "vorbis"],
+)
+def test_what_belongs_to_no_recording_hides_none(kind: dict[str, str], between: bytes) -> None:
+    one, two = (encode(noise(32_000, seed=seed), **kind) for seed in range(2))
+    refused(
+        one + between + two,
+        f"broken or cut short: byte {len(one)} and what follows are no (mp3|ogg)",
+    )
+    if kind is MP3:  # nothing behind them: as players take it
+        assert torch.equal(audio.load(one + between), audio.load(one))
+
+
+def test_a_tag_may_end_in_a_footer() -> None:
+    tag = ID3[:5] + b"\x10" + ID3[6:] + b"3DI" + bytes(7)
+    one, two = (encode(noise(32_000, seed=seed), **MP3) for seed in range(2))
+    expected = torch.cat([audio.load(one), audio.load(two)])
+    assert torch.equal(audio.load(one + tag + two), expected)
+
+
 def test_recordings_one_behind_the_other_have_one_rate() -> None:
     kind = {"format": "FLAC", "subtype": "PCM_16"}
     both = encode(noise(16_000), **kind) + encode(noise(16_000), 48_000, **kind)
@@ -415,8 +452,8 @@ def test_mixed_ogg_streams_are_no_second_recording() -> None:
     first = 27 + data[26] + sum(data[27 : 27 + data[26]])
     other = bytearray(data[:first])
     other[14:18] = b"else"
-    assert audio_files._ogg_streams(io.BytesIO(bytes(other) + data)) == [0]
-    assert audio_files._ogg_streams(io.BytesIO(data + data)) == [0, len(data)]
+    assert audio_files._ogg_streams(io.BytesIO(bytes(other) + data))[0] == [0]
+    assert audio_files._ogg_streams(io.BytesIO(data + data))[0] == [0, len(data)]
 
 
 def test_of_several_tracks_none_is_left_out_in_silence() -> None:

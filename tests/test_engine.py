@@ -1016,6 +1016,34 @@ def test_a_fault_while_a_group_is_read_reaches_all_of_it(assistant, monkeypatch,
     engine.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("worker", [False, True])
+@pytest.mark.parametrize("fault", ["on_end", "clear"])
+def test_a_fault_as_several_end_reaches_all_of_them(assistant, monkeypatch, worker, fault):
+    engine = engine_of(assistant, max_batch=3, prefix_bytes=0, worker=worker)
+    told = []
+
+    def broken(*_):
+        told.append(_)
+        if len(told) == 2:
+            raise RuntimeError("a mistake")
+
+    if fault == "clear":
+        monkeypatch.setattr(engine.slots, "clear", broken)
+    options = {"on_end": broken} if fault == "on_end" else {}
+    with engine._changed:
+        requests = [engine.submit(prompt, GREEDY, **options) for prompt in mixed(assistant, 3)]
+    if worker:
+        engine._thread.join(30)
+    else:
+        with pytest.raises(RuntimeError, match="a mistake"):
+            while engine.advance():
+                pass
+    assert all(request.finish_reason for request in requests) and not engine.open
+    assert (engine.active, engine.waiting) == (0, 0)
+    engine.close()
+
+
 @pytest.mark.parametrize("worker", [False, True])
 @pytest.mark.parametrize("event", ["on_token", "on_end"])
 def test_a_request_may_close_the_engine(assistant, worker, event):

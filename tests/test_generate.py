@@ -1,5 +1,9 @@
 """Generating: stopping, several answers, streaming text, stop strings, the small interface."""
 
+import subprocess
+import sys
+import warnings
+
 import pytest
 import torch
 
@@ -309,6 +313,17 @@ def test_a_clip_that_is_split_or_cut_is_told_of(assistant):
     with pytest.warns(UserWarning, match="only its first 30 s are used"):
         raw = "<|audio_bos|><|AUDIO|><|audio_eos|>What?"
         assistant.complete(raw, noise(1, 31.0), long="cut", **options)
+    with warnings.catch_warnings(record=True) as told:
+        assistant.ask("What?", noise(1, 31.0), **options)
+    assert [one.filename for one in told] == [__file__]  # and not a line of the package
+
+
+def test_each_of_several_notices_is_told():
+    """Python would tell of one line of code once, where the texts are the same."""
+    code = "import torch\nfrom qwen2audio_core import audio\n"
+    code += "for _ in range(3): audio.split(torch.zeros(16000 * 31))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.count("<string>:3: Notice: clip is 31.0 s long") == 3
 
 
 def test_the_plain_parts_make_the_same_answer(assistant):

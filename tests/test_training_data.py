@@ -165,6 +165,18 @@ def test_an_answer_that_begins_with_a_line_end_is_learned_from_there(shared) -> 
         assert [text.startswith("\n") for text in learned] == [better < "a", worse < "a"]
 
 
+def test_numbers_and_names_of_clips_are_no_clips(tmp_path):
+    """Which people have beside them. What might be a clip is refused, above."""
+    row = {"audio": "a.wav", "prompt": "Say:", "gt": "hello"}
+    more = {"audio_id": "77", "audio_duration": "3.2", "audio_seconds": 3, "id": "a.wav", "x": None}
+    assert parse(row | more, "r:1", tmp_path).clips == parse(row, "r:1", tmp_path).clips
+    for key, value in (("audio_path", "b"), ("audio_1", "b.wav"), ("audio_list", ["b"])):
+        with pytest.raises(InputError, match=f"{key} is not read"):
+            parse(row | {key: value}, "r:1", tmp_path)
+    older = {"query": "<audio>Say:", "response": "hello", "audios": ["a.wav"], "gt": None}
+    assert parse(older, "r:1", tmp_path).messages
+
+
 def test_a_pair_is_as_long_as_its_longer_answer(tokenizer, clips) -> None:
     for rejected, length in (("", 5), ("y" * 3, 5), ("y" * 400, 400)):
         chat = chat_row([], ["right"], rejected_response=rejected)

@@ -93,7 +93,8 @@ def create_app(service: Service) -> "FastAPI":
             found = await _answered(request, work, policy.request_seconds)
         finally:
             await form.close()
-        told = "; ".join(recording.notices).encode("latin-1", "replace").decode("latin-1")
+        told = " ".join("; ".join(recording.notices).split())
+        told = told.encode("latin-1", "replace").decode("latin-1")
         headers = {"qwen2audio-notices": told} if told else None
         if isinstance(found, str):
             kind = KINDS[texts["response_format"][0]]

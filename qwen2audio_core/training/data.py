@@ -57,6 +57,7 @@ from qwen2audio_core.frontend import (
 )
 from qwen2audio_core.tokenizer import Tokenizer
 from qwen2audio_core.training.losses import IGNORE
+from qwen2audio_core.weights import few
 
 PLACEHOLDER = "<audio>"  # a clip's place in a message
 TAGS = re.compile(r"<\|[^|]*\|>")
@@ -163,7 +164,7 @@ def parse(raw: Any, where: str, folder: Path) -> Row:
         not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds < 1e6
     ):
         raise InputError(f"{where}: seconds is {seconds!r}, expected a number above 0")
-    turns = ["messages", "conversations"] + ["query"] * ("gt" not in raw)
+    turns = ["messages", "conversations"] + ["query"] * (raw.get("gt") is None)
     if any(raw.get(key) is not None for key in turns):
         messages, untaught, rejected = _conversation(raw, where)
         places = [message["content"].count(PLACEHOLDER) for message in messages]
@@ -313,12 +314,20 @@ def _clips(raw: dict[str, Any], where: str, folder: Path) -> list[str]:
     return []
 
 
+def _might_be_clips(key: str, value: Any) -> bool:
+    """Whether they are files, samples or URLs, and not an id or a length."""
+    if not isinstance(value, str):
+        return True
+    named = re.search("path|file|url|uri|audios?$", key, re.I)
+    return bool(named) or Path(value).suffix.lower() in audio_files.SUFFIXES
+
+
 def _nothing_else_to_hear(raw: dict[str, Any], where: str, known: Sequence[str] = ()) -> None:
     """Refuse clips under a key that is not read, and what the model cannot take in."""
     for key, value in raw.items():
         if key in known or not isinstance(value, (str, list, dict)) or not value:
             continue
-        if "audio" in key.lower():
+        if "audio" in key.lower() and _might_be_clips(key, value):
             raise InputError(
                 f"{where}: {key} is not read, clips are named in the row's audio or audios"
             )
@@ -377,14 +386,12 @@ def rows_from_folder(
         if not text:
             bad.setdefault(what, []).append(str(named.relative_to(folder)))
     if bad:
-        found = "; ".join(
-            f"{len(names)} with {what}: {', '.join(names)}" for what, names in bad.items()
-        )
+        found = "; ".join(f"{len(names)} with {what}: {few(names)}" for what, names in bad.items())
         raise InputError(f"{folder}: of {len(clips)} clips, {found}")
     used = {clip.with_suffix(".txt") for clip in clips}
     alone = [path for path in files if path.suffix == ".txt" and path not in used]
     if alone:
-        names = ", ".join(str(path.relative_to(folder)) for path in alone)
+        names = few([str(path.relative_to(folder)) for path in alone])
         notice(f"{folder}: left out, {len(alone)} .txt without a clip of the same name: {names}")
     long: list[str] = []
     for clip, text in zip(clips, texts, strict=True):
@@ -401,7 +408,7 @@ def rows_from_folder(
     if long:
         notice(
             f"{folder}: {len(long)} clips over {MAX_SECONDS} s, which training leaves out, cut them"
-            f" into pieces: {', '.join(long)}"
+            f" into pieces: {few(long)}"
         )
 
 
