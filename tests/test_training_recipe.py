@@ -197,7 +197,8 @@ def test_texts_and_clips_without_the_other_are_named(tmp_path) -> None:
     found = list(rows_from_folder(folder, "x", "asr", said.append))
     assert [Path(row["audio"]).name for row in found] == ["a.wav", "b.oga", "c.AIFF", "d.flac"]
     assert said == [
-        f"{folder}: left out, 4 .txt without a clip of the same name: e.txt, f.txt, g.txt and 1 more",
+        f"{folder}: left out, 4 .txt without a clip of the same name: e.txt, f.txt, g.txt"
+        " and 1 more",
         f"{folder}: 1 clips over 30 s, which training leaves out, cut them into pieces: b.oga",
     ]
 
