@@ -362,22 +362,19 @@ def _streams(file: BinaryIO, form: str, name: str) -> tuple[list[int], int, bool
 
 
 def _more_behind(file: BinaryIO, offset: int, form: str) -> bool:
-    # Whether a recording goes on or begins anew behind bytes that are none. Three mp3 frames in a
-    # row, or an ogg page that begins a stream, are hardly ever met by chance.
+    # Whether a recording goes on or begins anew within 4 MiB of bytes that are none. Three mp3
+    # frames in a row, or an ogg page that begins a stream, are hardly ever met by chance.
+    begin = rb"OggS\0[\x02\x06]" if form == "OGG" else rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]"
     file.seek(offset)
     tail = b""
-    while block := file.read(2**20):
+    for block in (file.read(2**20) for _ in range(4)):
         data = tail + block
-        if form == "OGG" and re.search(rb"OggS\0[\x02\x06]", data):
-            return True
-        at = data.find(b"\xff") if form == "MP3" else -1
-        while at >= 0:
-            end, frames = at, 0
+        for found in re.finditer(begin, data):
+            end, frames = found.start(), 0
             while frames < 3 and (frame := _mp3_frame(data[end : end + 4])):
                 end, frames = end + frame[0], frames + 1
-            if frames == 3:
+            if form == "OGG" or frames == 3:
                 return True
-            at = data.find(b"\xff", at + 1)
         tail = data[-8192:]
     return False
 
