@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -365,18 +365,31 @@ def _more_behind(file: BinaryIO, offset: int, form: str) -> bool:
     # Whether a recording goes on or begins anew within 4 MiB of bytes that are none. Three mp3
     # frames in a row, or an ogg page that begins a stream, are hardly ever met by chance.
     begin = rb"OggS\0[\x02\x06]" if form == "OGG" else rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]"
-    file.seek(offset)
-    tail = b""
-    for block in (file.read(2**20) for _ in range(4)):
-        data = tail + block
-        for found in re.finditer(begin, data):
-            end, frames = found.start(), 0
-            while frames < 3 and (frame := _mp3_frame(data[end : end + 4])):
-                end, frames = end + frame[0], frames + 1
-            if form == "OGG" or frames == 3:
-                return True
-        tail = data[-8192:]
-    return False
+    places = _places(file, begin, offset, 2**22)
+    return any(form == "OGG" or _mp3_run(file, place, 3) for place in places)
+
+
+def _mp3_run(file: BinaryIO, offset: int, count: int) -> bool:
+    # Whether so many frames follow one another there.
+    for _ in range(count):
+        file.seek(offset)
+        frame = _mp3_frame(file.read(4))
+        if frame is None:
+            return False
+        offset += frame[0]
+    return True
+
+
+def _places(file: BinaryIO, pattern: bytes, offset: int, most: int = 2**62) -> Iterator[int]:
+    # Where a pattern of at most 16 bytes stands, among so many bytes from an offset on.
+    for start in range(offset, offset + most, 2**20):
+        file.seek(start)
+        block = file.read(2**20 + 16)
+        for found in re.finditer(pattern, block):
+            if found.start() < 2**20:
+                yield start + found.start()
+        if len(block) <= 2**20:
+            return
 
 
 def _ogg_streams(file: BinaryIO) -> tuple[list[int], int]:
@@ -394,12 +407,7 @@ def _ogg_streams(file: BinaryIO) -> tuple[list[int], int]:
 
 def _flac_streams(file: BinaryIO) -> list[int]:
     # RFC 9639, section 8: the marker and the header of STREAMINFO, 34 bytes, last block or not.
-    starts, offset, tail = list[int](), 0, b""
-    file.seek(offset)
-    while block := file.read(2**20):
-        for found in re.finditer(rb"fLaC[\x00\x80]\x00\x00\x22", tail + block):
-            starts.append(offset - len(tail) + found.start())
-        offset, tail = offset + len(block), block[-7:]
+    starts = list(_places(file, rb"fLaC[\x00\x80]\x00\x00\x22", 0))
     return [0, *starts[1:]]  # a tag may stand before the first
 
 

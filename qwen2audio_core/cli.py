@@ -128,14 +128,7 @@ def ask(
         raise InputError("--raw takes TEXT as the whole prompt, and no --system")
     for clip in audio or ():
         check_local(clip)
-    drawing = _drawing(
-        greedy=greedy or None,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        max_new_tokens=max_new_tokens,
-    )
+    drawing = _drawing(greedy, temperature, repetition_penalty, max_new_tokens, top_k, top_p)
     began = time.perf_counter()
     assistant = load(model, device, dtype, no_pack, quantize)
     loaded = time.perf_counter()
@@ -206,14 +199,7 @@ def chat(
     if sys.stdin is None:
         raise InputError("stdin is closed: chat reads its lines there")
     options = {
-        **_drawing(
-            greedy=greedy or None,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            max_new_tokens=max_new_tokens,
-        ),
+        **_drawing(greedy, temperature, repetition_penalty, max_new_tokens, top_k, top_p),
         "seed": seed,
         "long": long,
         "notice": note,
@@ -299,12 +285,7 @@ def transcribe(
     failed = len(there) < len(files)
     if not there:
         raise typer.Exit(2)
-    drawing = _drawing(
-        greedy=greedy or None,
-        temperature=temperature,
-        repetition_penalty=repetition_penalty,
-        max_new_tokens=max_new_tokens,
-    )
+    drawing = _drawing(greedy, temperature, repetition_penalty, max_new_tokens)
     assistant = load(model, device, dtype, no_pack, quantize)
     with (
         quiet_libraries(),
@@ -416,11 +397,26 @@ app.command()(demo)
 app.command()(inspect)
 
 
-def _drawing(**changes: Any) -> dict[str, Any]:
+def _drawing(
+    greedy: bool,
+    temperature: float | None,
+    repetition_penalty: float | None,
+    max_new_tokens: int | None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> dict[str, Any]:
     """Options of how an answer is drawn, looked at before a model is loaded for them."""
     from qwen2audio_core.assistant import change
     from qwen2audio_core.sampling import Settings
 
+    changes: dict[str, Any] = {
+        "greedy": greedy or None,
+        "temperature": temperature,
+        "repetition_penalty": repetition_penalty,
+        "max_new_tokens": max_new_tokens,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
     change(Settings(), **changes)
     return changes
 

@@ -16,6 +16,7 @@ Memory is fixed when the engine is made: the slots, and the bytes of the prefix 
 in the order in which they came; one that can never fit is refused at once.
 """
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -213,7 +214,7 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._entering: list[Request] = []  # taken out of the queue, being read
         self._active: list[Request] = []  # of slot 0, 1, ...
-        self._leaving: list[tuple[Request, str, Exception | None]] = []  # to be told their end
+        self._leaving: dict[Request, tuple[str, Exception | None]] = {}  # to be told their end
         self._changed = threading.Condition()  # guards _waiting and _closed
         self._closed = False
         self._mover: threading.Thread | None = None  # who is in `advance`
@@ -478,7 +479,7 @@ class Engine:
                 continue
             if error is None:
                 self._keep(row, len(request._job.ids) + len(request.ids) - 1)
-            self._leaving.append((request, reason, error))
+            self._leaving[request] = reason, error
             last = len(self._active) - 1
             if row != last:  # slots in use stay together at the front
                 self.slots.move(last, row)
@@ -486,8 +487,8 @@ class Engine:
             self._active.pop()
             self.slots.clear(last)
         while self._leaving:  # told when all slots are in order
-            request, reason, error = self._leaving.pop(0)
-            request._close(reason, error)
+            request = next(iter(self._leaving))
+            request._close(*self._leaving.pop(request))
 
     def _keep(self, row: int, length: int) -> None:
         """Put the first `length` ids of a row, all of them read, into the prefix cache."""
@@ -511,16 +512,14 @@ class Engine:
         """End every request that is left, and give the model its op slots back."""
         reason = "cancelled" if error is None else "error"
         with self._changed:
-            left = [*self._active, *self._entering, *self._waiting]
-            for requests in (self._active, self._entering, self._waiting):
+            held = (self._active, self._entering, self._waiting)
+            ends = dict.fromkeys(itertools.chain(*held), (reason, error)) | self._leaving
+            for requests in (*held, self._leaving):
                 requests.clear()
-            told = {id(request): end for request, *end in self._leaving}
-            left += [request for request, *_ in self._leaving if request not in left]
-            self._leaving.clear()
         faults = []
-        for request in left:
+        for request, end in ends.items():
             try:
-                request._close(*told.get(id(request), (reason, error)))
+                request._close(*end)
             except Exception as fault:  # an on_end that raises keeps nobody else waiting
                 faults.append(fault)
         if self._backend is not None:

@@ -151,9 +151,8 @@ class PlainSampler:
             ids = slots.ids[rows, : len(columns)]
             # What lies behind a row's end must not count: its first id stands in its place.
             history = torch.where(columns < slots.lengths[rows, None], ids, ids[:, :1])
-            with suppress(
-                CheckpointError
-            ):  # logits that are not finite: of which rows is told below
+            # Of logits that are not finite it is found below which rows have them.
+            with suppress(CheckpointError):
                 return choose(logits, history, min(several[1]), settings)
         counts = zip(*several, strict=True)
         tokens = []

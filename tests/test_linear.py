@@ -53,10 +53,15 @@ def test_long_sums_are_as_exact(rows):
     assert error(F.linear(x, weight.roll(1, 0))) > 0.1
 
 
-@needs_bf16
-def test_a_changed_weight_is_packed_anew():
+def packed_layer():
     layer = Linear(80, 96).bfloat16()
     layer.linear_op = PackedLinear()
+    return layer
+
+
+@needs_bf16
+def test_a_changed_weight_is_packed_anew():
+    layer = packed_layer()
     x = random(3, 80)
     with torch.no_grad():
         before = layer(x)
@@ -70,8 +75,7 @@ def test_a_changed_weight_is_packed_anew():
 
 @needs_bf16
 def test_what_cannot_be_packed_any_more_runs_as_it_is():
-    layer = Linear(80, 96).bfloat16()
-    layer.linear_op = PackedLinear()
+    layer = packed_layer()
     x = random(3, 80)
     with torch.no_grad():
         expected = layer(x)
@@ -114,8 +118,7 @@ def test_two_threads_may_pack_at_once():
 
 @needs_bf16
 def test_gradients_pass_as_without_it():
-    layer = Linear(80, 96).bfloat16()
-    layer.linear_op = PackedLinear()
+    layer = packed_layer()
     x = random(3, 80).requires_grad_()
     layer(x).sum().backward()
     assert layer.weight.grad is not None and x.grad is not None

@@ -70,8 +70,8 @@ class _Writing:
         stopped = self._writer.stopped
         self._cover(lambda before, after: before < self._shown or not stopped)
         # A stop string may have come with what the last id left unfinished.
-        cut = request.finish_reason == "length" and not stopped
-        self._send("length" if cut else request.finish_reason.replace("length", "stop"))
+        late = stopped and request.finish_reason == "length"
+        self._send("stop" if late else request.finish_reason)
 
     def _show(self, piece: str) -> None:
         self._text += piece

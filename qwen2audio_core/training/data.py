@@ -229,7 +229,11 @@ def _conversation(
         raise InputError(f"{where}: loss is false in each answer, there is nothing to learn")
     if rejected is not None and not answers[-1][1]:
         raise InputError(f"{where}: loss is false in the turn that is compared with a worse one")
-    untaught = frozenset(i for i, (_, learned) in enumerate(given) if not learned)
+    untaught = frozenset(
+        i
+        for i, (message, learned) in enumerate(given)
+        if message["role"] == "assistant" and not learned
+    )
     return [message for message, _ in given], untaught, rejected
 
 
@@ -297,7 +301,7 @@ def _taught(turn: dict[str, Any], where: str) -> bool:
     loss = turn.get("loss")
     if not isinstance(loss, bool | None):
         raise InputError(f"{where}: loss is {loss!r:.40}, expected true or false")
-    return loss is not False or turn.get("role", turn.get("from")) not in ("assistant", "gpt")
+    return loss is not False
 
 
 def _clips(raw: dict[str, Any], where: str, folder: Path) -> list[str]:
