@@ -94,7 +94,8 @@ class AudioEncoder(nn.Module):
         longest = int(conv_frames.max())
         x = self.gelu_op(self.conv1(mel.to(self.conv1.weight.dtype)))  # (n, Da, F)
         x = self.gelu_op(self.conv2(x))[:, :, :longest].transpose(1, 2)  # (n, T, Da)
-        x = x + self.embed_positions.weight[:longest]
+        # Every sum and norm of the layers would go on reading it across its rows.
+        x = x.contiguous() + self.embed_positions.weight[:longest]
         # What is behind a shorter clip's end is computed with the batch, hidden from attention.
         ragged = bool((conv_frames != longest).any())
         key_end = conv_frames.to(x.device) if ragged else None
