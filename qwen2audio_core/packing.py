@@ -54,17 +54,27 @@ class Projection:
 
 
 class Separate(Projection):
-    """The same over weights that lie apart: one product for each."""
+    """The same over weights that lie apart: one product for each.
 
-    def __init__(self, parts: Sequence[Projection]):
+    What layers of codes that are multiplied in bytes make of x is made once for all of them.
+    """
+
+    def __init__(self, parts: Sequence[Projection], deterministic: bool):
         super().__init__([size for part in parts for size in part.sizes], None, None)
         self.parts = list(parts)
+        self._deterministic = deterministic
+        layers = [part.layer for part in parts if isinstance(part, Alone)]
+        coded = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
+        self._coded = coded if len(coded) == len(parts) else []
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = torch.cat(self.split(x), dim=-1)
         return y if residual is None else residual + y
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        coded = self._coded
+        if coded and all(layer.takes_bytes(x, self._deterministic) for layer in coded):
+            return tuple(quantize.in_integers(coded, x))
         return tuple(part(x) for part in self.parts)
 
 
@@ -164,7 +174,8 @@ def projection(
         return Kernel(alone, kernel, whole.codes, whole.bias, whole.scales, deterministic)
     if len(layers) == 1:
         return Alone(linear[0], deterministic)
-    return Separate([projection(one, kernel=kernel, deterministic=deterministic) for one in layers])
+    parts = [projection(one, kernel=kernel, deterministic=deterministic) for one in layers]
+    return Separate(parts, deterministic)
 
 
 def groups(model: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:

@@ -23,7 +23,7 @@ PyTorch's only the one for bfloat16 is fast, so on a CPU a few rows of any x are
 and so is their y, which adds a quarter of int8's own error and less than a fortieth of int4's.
 `arrange` makes int8 layers ready for a faster way on a CPU that multiplies bytes, as the engine
 does: there x becomes two bytes a number, which is nearer to it, and many rows of bfloat16 and
-float16 go that way too; see `QuantizedLinear._in_integers`.
+float16 go that way too; see `in_integers`.
 Everything else (the many rows of a prompt, float64, gradients) widens the weights a piece at a
 time, each rounded once to the dtype of x, and multiplies as an unquantised layer does.
 """
@@ -50,6 +50,7 @@ GROUPS = (128, 64, 32)  # sizes of group, the first one that divides a layer's i
 BLOCK = 64  # outputs that are stored side by side in int4
 ROWS = 1  # stands for Triton's form of the int4 codes, where outputs lie apart
 FEW = 128  # rows up to which reading codes beats widening them
+LARGEST = 127 * 257  # what the largest number of a row becomes, where x is cut into bytes
 PIECE = 2**20  # weights widened at a time; on a GPU 64 times as many
 
 
@@ -226,10 +227,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor, deterministic: bool = False) -> Tensor:
         """y = x w^T + bias. With `deterministic` a row's result is bit for bit the same alone and
         among others."""
-        few = deterministic or x.numel() <= FEW * self.in_features
-        few = few or (self.qweight.is_mkldnn and x.dtype != torch.float32)
-        gradient = torch.is_grad_enabled() and x.requires_grad
-        if few and not gradient and x.dtype != torch.float64:
+        if self._reads_codes(x, deterministic):
             if self.for_kernel and (self.form == ROWS or _triton(x.device)):
                 return self._on_triton(x, deterministic)
             if x.device.type == "cpu" and (self.bits == 8 or self.form == _cpu_block()):
@@ -237,6 +235,16 @@ class QuantizedLinear(nn.Module):
         pieces, codes = _pieces(self.out_features, self.in_features, x.device), self.codes
         y = torch.cat([F.linear(x, self._widened(codes, x.dtype, *piece)) for piece in pieces], -1)
         return y if self.bias is None else y + self.bias
+
+    def _reads_codes(self, x: Tensor, deterministic: bool) -> bool:
+        few = deterministic or x.numel() <= FEW * self.in_features
+        few = few or (self.qweight.is_mkldnn and x.dtype != torch.float32)
+        gradient = torch.is_grad_enabled() and x.requires_grad
+        return few and not gradient and x.dtype != torch.float64
+
+    def takes_bytes(self, x: Tensor, deterministic: bool = False) -> bool:
+        """Whether `forward` of this x is `in_integers`."""
+        return self.qweight.is_mkldnn and self._reads_codes(x, deterministic)
 
     @property
     def codes(self) -> Tensor:
@@ -251,7 +259,7 @@ class QuantizedLinear(nn.Module):
 
     def _on_cpu(self, x: Tensor) -> Tensor:
         if self.qweight.is_mkldnn:
-            return self._in_integers(x)
+            return in_integers([self], x)[0]
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
         if self.bits == 8:
             y = torch.ops.aten._weight_int8pack_mm(rows, self.qweight, self.scales)
@@ -261,33 +269,6 @@ class QuantizedLinear(nn.Module):
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, self.group, scales)
             y = y[:, : self.out_features]
         y = y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
-        return y if self.bias is None else y + self.bias
-
-    def _in_integers(self, x: Tensor) -> Tensor:
-        """y = x w^T + bias in products of bytes, which the CPU adds up in 32 bits without rounding.
-
-        A row of x is unit * (128 high + low), two rows of bytes: 15 bits a number, more than
-        bfloat16's 8. oneDNN takes the bytes of x unsigned, so 128 is added and taken off again.
-        Twice the rows cost nothing while reading the codes takes the time. A row's result is the
-        same alone and among others.
-        """
-        rows = x.reshape(-1, self.in_features).float()
-        largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True)
-        unit = largest.clamp_min_(1e-30).mul_(1 / (127 * 128))
-        low = rows.div(unit).round_()
-        high = low.mul(1 / 128).round_()
-        low.sub_(high, alpha=128)
-        scales = self.scales.float()
-        most = max(16, 8 * PIECE // self.out_features)  # of which y has two rows in float32 each
-        pieces = []
-        for parts in zip(high.split(most), low.split(most), unit.split(most), strict=True):
-            both = torch.cat(parts[:2]).add_(128).to(torch.uint8)
-            y = _multiply_bytes(both, self.qweight, scales)
-            coarse, fine = y.chunk(2)
-            pieces.append(fine.add_(coarse, alpha=128).mul_(parts[2]).to(x.dtype))
-        y = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(
-            *x.shape[:-1], self.out_features
-        )
         return y if self.bias is None else y + self.bias
 
     def _on_triton(self, x: Tensor, deterministic: bool) -> Tensor:
@@ -381,6 +362,33 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         grouped = f", group={self.group}" if self.bits == 4 else ""
         return f"{self.in_features}, {self.out_features}, bits={self.bits}{grouped}"
+
+
+def in_integers(layers: Sequence[QuantizedLinear], x: Tensor) -> list[Tensor]:
+    """y = x w^T + bias of arranged layers over one input, in products of bytes, which the CPU adds
+    up in 32 bits without rounding.
+
+    A row of x is unit * (256 high + low), two rows of bytes: 16 bits a number, more than bfloat16's
+    8. oneDNN takes the bytes of x unsigned, so 128 is added and taken off again. Twice the rows
+    cost nothing while reading the codes takes the time. A row's result is the same alone and among
+    others.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    unit = rows.abs().amax(-1, keepdim=True).float().clamp_min_(1e-30).mul_(1 / LARGEST)
+    # From 257 to 65535, so that the two lower bytes of the integer are high + 128 and low + 128.
+    whole = torch.addcdiv(_offset(), rows, unit).to(torch.int32)
+    both = whole.view(torch.uint8).unflatten(-1, (-1, 4))[..., :2].permute(2, 0, 1).contiguous()
+    results = []
+    for layer in layers:
+        most = max(16, 8 * PIECE // layer.out_features)  # of which y has two rows in float32 each
+        pieces = []
+        for part, size in zip(both.split(most, 1), unit.split(most), strict=True):
+            low, high = _multiply_bytes(part.flatten(0, 1), layer.qweight, layer.scales).chunk(2)
+            pieces.append(low.add_(high, alpha=256).mul_(size).to(x.dtype))
+        y = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        y = y.reshape(*x.shape[:-1], layer.out_features)
+        results.append(y if layer.bias is None else y + layer.bias)
+    return results
 
 
 def join(layers: Sequence[QuantizedLinear]) -> None:
@@ -696,10 +704,16 @@ def _multiplies_bytes() -> bool:
 def _multiply_bytes(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """(x - 128) codes^T * scales; x uint8 (M, K), codes in oneDNN's order, returns float32."""
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
-        x, 1.0, 128, codes, scales, _zeros(len(scales)), None,
+        x, 1.0, 128, codes, scales.float(), _zeros(len(scales)), None,
         1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
     return y
+
+
+@cache
+def _offset() -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(128 * 257 + 0.5)  # a half: what follows cuts off, not rounds
 
 
 @cache
