@@ -28,13 +28,13 @@ from typing import Any
 
 import torch
 
-from qwen2audio_core import backends, quantize
+from qwen2audio_core import backends
 from qwen2audio_core.chat import Prompt, check_length
 from qwen2audio_core.errors import InputError, PromptError
 from qwen2audio_core.frontend import clip_lengths
 from qwen2audio_core.generate import Answer
 from qwen2audio_core.model import Qwen2Audio, check_places
-from qwen2audio_core.packing import pack
+from qwen2audio_core.packing import pack, pack_codes
 from qwen2audio_core.prefix_cache import WORTH, Beginning, PrefixCache, digest, runs
 from qwen2audio_core.sampling import Likelihood, Settings
 from qwen2audio_core.slots import MAX_ENDS, MAX_TOP, Job, Slots, record_graph
@@ -152,8 +152,8 @@ class Engine:
                     times as long for 8, measured on two cores); prompts are read one at a time, and
                     the prefix cache is off
     packed          lay weights side by side (packing.pack, which changes where the model's weights
-                    live, not what they are); None does it on a GPU alone, and on a CPU puts int8
-                    codes in order (quantize.arrange)
+                    live, not what they are); None does it on a GPU, and on a CPU with the codes of
+                    quantised layers alone (packing.pack_codes)
     backend         "torch", "triton", or "auto": Triton where the model is on a GPU that runs it.
                     Triton also fills the model's op slots until `close`
     worker          run in a thread of its own. Without one the engine moves when a request is
@@ -195,7 +195,7 @@ class Engine:
             if packed or (packed is None and on_gpu):
                 pack(model)
             elif packed is None and kernels is None:
-                quantize.arrange(model)
+                pack_codes(model)
             with torch.inference_mode():
                 self.slots = Slots(
                     model,

@@ -190,22 +190,33 @@ def groups(model: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
         yield [(f"{path}.{name}", getattr(module, name)) for name in names]
 
 
+def pack_codes(model: nn.Module) -> None:
+    """Lay the codes of quantised layers over one input side by side, in place, and nothing else.
+
+    int8 ones are put in order one by one instead where this CPU multiplies bytes, see
+    quantize.arrange. Either way codes mapped from a file become memory of the process.
+    """
+    quantize.arrange(model)
+    with torch.inference_mode(False):
+        for group in groups(model):
+            coded = [layer for _, layer in group if isinstance(layer, QuantizedLinear)]
+            if len(coded) == len(group):
+                quantize.join(coded)
+
+
 def pack(model: nn.Module) -> None:
     """Lay weights that are multiplied with the same input side by side, in place.
 
     Group by group: at most one exists twice. What was mapped from a file (weights.load_model on a
     CPU) becomes memory of the process, 56 % of the published model's weights (9.4 GB in bfloat16);
-    its pages of the file are given up. What lies side by side already stays. Codes of quantised
-    layers are joined too, or arranged one by one where quantize.arrange has something to do.
+    its pages of the file are given up. What lies side by side already stays. See pack_codes for
+    quantised layers.
     """
-    quantize.arrange(model)
+    pack_codes(model)
     with torch.inference_mode(False), torch.no_grad():
         for group in groups(model):
             layers = [layer for _, layer in group]
             plain = [one for one in layers if isinstance(one, nn.Linear)]
-            coded = [one for one in layers if isinstance(one, QuantizedLinear)]
-            if len(coded) == len(layers):
-                quantize.join(coded)
             if not all(type(one) in (nn.Linear, Linear) for one in layers):
                 continue  # an adapter's weights are its own business
             _join([one.weight for one in plain])
