@@ -141,12 +141,11 @@ def log_mel(waveform: Tensor, num_mel_bins: int = 128) -> Tensor:
         end = (frames - 1) * HOP_LENGTH + half
     else:  # only now does a window reach the end of the 30 s, where the signal is reflected again
         frames, end = MAX_FRAMES, MAX_SAMPLES
-    silence = end - waveform.shape[0]
-    body = F.pad(waveform, (0, silence)) if silence else waveform
-    parts = [body[1 : half + 1].flip(0), body]
-    if end == MAX_SAMPLES:
-        parts.append(body[-half - 1 : -1].flip(0))
-    padded = torch.cat(parts)
+    reflected = half if end == MAX_SAMPLES else 0
+    padded = F.pad(waveform, (half, end - waveform.shape[0] + reflected))
+    padded[:half] = padded[half + 1 : 2 * half + 1].flip(0)
+    if reflected:
+        padded[-half:] = padded[-2 * half - 1 : -half - 1].flip(0)
     window, halves = constants(num_mel_bins, waveform.device, waveform.dtype)
     windows = padded.unfold(0, N_FFT, HOP_LENGTH)[:frames]  # (frames, 400), a view
 
@@ -156,7 +155,8 @@ def log_mel(waveform: Tensor, num_mel_bins: int = 128) -> Tensor:
         return torch.cat([power[:, heard] @ bands for heard, bands in halves], dim=1)
 
     # Piece by piece, so that what lies between stays in the processor's cache.
-    mel = torch.cat([mel_of(piece) for piece in windows.split(PIECE)])  # (frames, M)
+    pieces = [mel_of(piece) for piece in windows.split(PIECE)]
+    mel = pieces[0] if len(pieces) == 1 else torch.cat(pieces)  # (frames, M)
     lowest = (mel.amax() * 1e-8).clamp(min=1e-10)  # 8 below the maximum, once the log is taken
     log = mel.T[:, : lengths.input_frames].clamp(min=lowest).log10_()
     return log.mul_(0.25).add_(1.0)
