@@ -54,27 +54,17 @@ class Projection:
 
 
 class Separate(Projection):
-    """The same over weights that lie apart: one product for each.
+    """The same over weights that lie apart: one product for each."""
 
-    What layers of codes that are multiplied in bytes make of x is made once for all of them.
-    """
-
-    def __init__(self, parts: Sequence[Projection], deterministic: bool):
+    def __init__(self, parts: Sequence[Projection]):
         super().__init__([size for part in parts for size in part.sizes], None, None)
         self.parts = list(parts)
-        self._deterministic = deterministic
-        layers = [part.layer for part in parts if isinstance(part, Alone)]
-        coded = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
-        self._coded = coded if len(coded) == len(parts) else []
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = torch.cat(self.split(x), dim=-1)
         return y if residual is None else residual + y
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        coded = self._coded
-        if coded and all(layer.takes_bytes(x, self._deterministic) for layer in coded):
-            return tuple(quantize.in_integers(coded, x))
         return tuple(part(x) for part in self.parts)
 
 
@@ -174,8 +164,7 @@ def projection(
         return Kernel(alone, kernel, whole.codes, whole.bias, whole.scales, deterministic)
     if len(layers) == 1:
         return Alone(linear[0], deterministic)
-    parts = [projection(one, kernel=kernel, deterministic=deterministic) for one in layers]
-    return Separate(parts, deterministic)
+    return Separate([projection(one, kernel=kernel, deterministic=deterministic) for one in layers])
 
 
 def groups(model: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
@@ -193,15 +182,15 @@ def groups(model: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
 def pack_codes(model: nn.Module) -> None:
     """Lay the codes of quantised layers over one input side by side, in place, and nothing else.
 
-    int8 ones are put in order one by one instead where this CPU multiplies bytes, see
-    quantize.arrange. Either way codes mapped from a file become memory of the process.
+    Where this CPU multiplies bytes, int8 codes are put into the order for it (quantize.arrange).
+    What was mapped from a file becomes memory of the process.
     """
-    quantize.arrange(model)
     with torch.inference_mode(False):
         for group in groups(model):
             coded = [layer for _, layer in group if isinstance(layer, QuantizedLinear)]
             if len(coded) == len(group):
                 quantize.join(coded)
+    quantize.arrange(model)
 
 
 def pack(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ PyTorch's only the one for bfloat16 is fast, so on a CPU a few rows of any x are
 and so is their y, which adds a quarter of int8's own error and less than a fortieth of int4's.
 `arrange` makes int8 layers ready for a faster way on a CPU that multiplies bytes, as the engine
 does: there x becomes two bytes a number, which is nearer to it, and many rows of bfloat16 and
-float16 go that way too; see `in_integers`.
+float16 go that way too; see `QuantizedLinear._in_integers`.
 Everything else (the many rows of a prompt, float64, gradients) widens the weights a piece at a
 time, each rounded once to the dtype of x, and multiplies as an unquantised layer does.
 """
@@ -127,6 +127,8 @@ class QuantizedLinear(nn.Module):
     bias             (N,) or None, in the model's dtype
     outputs          N, which int4 rounds up to whole blocks
     form             of int4 codes that are not as stored; see `settle`
+    shared           the layer over several whose codes oneDNN holds as one, and this layer's rows
+                     of it; what qweight holds is then that layer's. See `join`
     """
 
     qweight: Tensor
@@ -148,6 +150,7 @@ class QuantizedLinear(nn.Module):
             self.in_features *= 2
         self.group = self.in_features if self.bits == 8 else self.in_features // len(scales)
         self.form = form  # of the int4 codes: outputs in a block, or ROWS
+        self.shared: tuple[QuantizedLinear, slice] | None = None
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
@@ -227,7 +230,10 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor, deterministic: bool = False) -> Tensor:
         """y = x w^T + bias. With `deterministic` a row's result is bit for bit the same alone and
         among others."""
-        if self._reads_codes(x, deterministic):
+        few = deterministic or x.numel() <= FEW * self.in_features
+        few = few or (self.qweight.is_mkldnn and x.dtype != torch.float32)
+        gradient = torch.is_grad_enabled() and x.requires_grad
+        if few and not gradient and x.dtype != torch.float64:
             if self.for_kernel and (self.form == ROWS or _triton(x.device)):
                 return self._on_triton(x, deterministic)
             if x.device.type == "cpu" and (self.bits == 8 or self.form == _cpu_block()):
@@ -236,21 +242,14 @@ class QuantizedLinear(nn.Module):
         y = torch.cat([F.linear(x, self._widened(codes, x.dtype, *piece)) for piece in pieces], -1)
         return y if self.bias is None else y + self.bias
 
-    def _reads_codes(self, x: Tensor, deterministic: bool) -> bool:
-        few = deterministic or x.numel() <= FEW * self.in_features
-        few = few or (self.qweight.is_mkldnn and x.dtype != torch.float32)
-        gradient = torch.is_grad_enabled() and x.requires_grad
-        return few and not gradient and x.dtype != torch.float64
-
-    def takes_bytes(self, x: Tensor, deterministic: bool = False) -> bool:
-        """Whether `forward` of this x is `in_integers`."""
-        return self.qweight.is_mkldnn and self._reads_codes(x, deterministic)
-
     @property
     def codes(self) -> Tensor:
         """qweight in its own order of numbers, even where oneDNN holds it in another."""
         codes = self.qweight  # once: another thread's first call may replace it
-        return codes.to_dense().T if codes.is_mkldnn else codes
+        if not codes.is_mkldnn:
+            return codes
+        codes = codes.to_dense().T
+        return codes if self.shared is None else codes[self.shared[1]]
 
     @property
     def for_kernel(self) -> bool:
@@ -259,7 +258,10 @@ class QuantizedLinear(nn.Module):
 
     def _on_cpu(self, x: Tensor) -> Tensor:
         if self.qweight.is_mkldnn:
-            return in_integers([self], x)[0]
+            if self.shared is None:
+                return self._in_integers(x)
+            whole, own = self.shared
+            return whole._in_integers(x)[..., own]
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
         if self.bits == 8:
             y = torch.ops.aten._weight_int8pack_mm(rows, self.qweight, self.scales)
@@ -269,6 +271,28 @@ class QuantizedLinear(nn.Module):
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, self.group, scales)
             y = y[:, : self.out_features]
         y = y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+    def _in_integers(self, x: Tensor) -> Tensor:
+        """y = x w^T + bias in products of bytes, which the CPU adds up in 32 bits without rounding.
+
+        A row of x is unit * (256 high + low), two rows of bytes: 16 bits a number, more than
+        bfloat16's 8. oneDNN takes the bytes of x unsigned, so 128 is added and taken off again.
+        Twice the rows cost nothing while reading the codes takes the time. A row's result is the
+        same alone and among others.
+        """
+        rows = x.reshape(-1, self.in_features)
+        unit = rows.abs().amax(-1, keepdim=True).float().clamp_min_(1e-30).mul_(1 / LARGEST)
+        # From 257 to 65535, so that its two lower bytes are high + 128 and low + 128.
+        whole = torch.addcdiv(_offset(), rows, unit).to(torch.int32)
+        both = whole.view(torch.uint8).unflatten(-1, (-1, 4))[..., :2].permute(2, 0, 1).contiguous()
+        most = max(16, 8 * PIECE // self.out_features)  # of which y has two rows in float32 each
+        pieces = []
+        for part, size in zip(both.split(most, 1), unit.split(most), strict=True):
+            low, high = _multiply_bytes(part.flatten(0, 1), self.qweight, self.scales).chunk(2)
+            pieces.append(low.add_(high, alpha=256).mul_(size).to(x.dtype))
+        y = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        y = y.reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def _on_triton(self, x: Tensor, deterministic: bool) -> Tensor:
@@ -317,6 +341,7 @@ class QuantizedLinear(nn.Module):
         codes = self.qweight
         here = codes.device.type == "cpu" and not codes.is_mkldnn
         if self.bits == 8 and short and here and _multiplies_bytes():
+            self.shared = None
             self.qweight = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
 
     def settle(self) -> None:
@@ -357,45 +382,20 @@ class QuantizedLinear(nn.Module):
         buffers = self._buffers
         if self.qweight.is_mkldnn:
             buffers = buffers | {"qweight": self.stored()[0]}
-        return self.__dict__ | {"_buffers": buffers}
+        return self.__dict__ | {"_buffers": buffers, "shared": None}
 
     def extra_repr(self) -> str:
         grouped = f", group={self.group}" if self.bits == 4 else ""
         return f"{self.in_features}, {self.out_features}, bits={self.bits}{grouped}"
 
 
-def in_integers(layers: Sequence[QuantizedLinear], x: Tensor) -> list[Tensor]:
-    """y = x w^T + bias of arranged layers over one input, in products of bytes, which the CPU adds
-    up in 32 bits without rounding.
-
-    A row of x is unit * (256 high + low), two rows of bytes: 16 bits a number, more than bfloat16's
-    8. oneDNN takes the bytes of x unsigned, so 128 is added and taken off again. Twice the rows
-    cost nothing while reading the codes takes the time. A row's result is the same alone and among
-    others.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    unit = rows.abs().amax(-1, keepdim=True).float().clamp_min_(1e-30).mul_(1 / LARGEST)
-    # From 257 to 65535, so that the two lower bytes of the integer are high + 128 and low + 128.
-    whole = torch.addcdiv(_offset(), rows, unit).to(torch.int32)
-    both = whole.view(torch.uint8).unflatten(-1, (-1, 4))[..., :2].permute(2, 0, 1).contiguous()
-    results = []
-    for layer in layers:
-        most = max(16, 8 * PIECE // layer.out_features)  # of which y has two rows in float32 each
-        pieces = []
-        for part, size in zip(both.split(most, 1), unit.split(most), strict=True):
-            low, high = _multiply_bytes(part.flatten(0, 1), layer.qweight, layer.scales).chunk(2)
-            pieces.append(low.add_(high, alpha=256).mul_(size).to(x.dtype))
-        y = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        y = y.reshape(*x.shape[:-1], layer.out_features)
-        results.append(y if layer.bias is None else y + layer.bias)
-    return results
-
-
 def join(layers: Sequence[QuantizedLinear]) -> None:
     """Lay the codes of layers with the same inputs side by side, in place, where they can be.
 
-    Each layer keeps its place as a view; `joint` is one layer over all of them. int4 codes lie in
-    blocks of 64 outputs (but for ROWS): layers that end within a block stay as they are.
+    Each layer keeps its place in them; `joint` is one layer over all. int4 codes lie in blocks of
+    64 outputs (but for ROWS): layers that end within a block stay as they are. int8 codes are put
+    in order together where this CPU multiplies bytes; a layer that is called by itself then pays
+    for all of them.
     """
     first = layers[0]
     alike = all(
@@ -403,22 +403,32 @@ def join(layers: Sequence[QuantizedLinear]) -> None:
         == (first.bits, first.group, first.form, first.in_features)
         for part in layers
     )
-    if first.qweight.is_mkldnn:
-        return
     by_rows = first.bits == 8 or first.form == ROWS
     whole_blocks = by_rows or not any(part.out_features % BLOCK for part in layers[:-1])
-    if not alike or not whole_blocks or joint(layers) is not None:
+    arranged = any(part.qweight.is_mkldnn for part in layers)
+    if not alike or not whole_blocks or arranged:
         return
-    whole = QuantizedLinear.joined(layers)
-    end = 0
-    for part in layers:
-        start, end = end, end + part.out_features
-        stop = end if by_rows else end + -end % BLOCK
-        rows = slice(start, end) if by_rows else slice(start // first.form, stop // first.form)
-        part.qweight = whole.qweight[rows]
-        part.scales = whole.scales[start:end] if first.bits == 8 else whole.scales[:, start:stop]
-        if part.bias is not None and whole.bias is not None:
-            part.bias = whole.bias[start:end]
+    whole = joint(layers)
+    if whole is None:
+        whole = QuantizedLinear.joined(layers)
+        end = 0
+        for part in layers:
+            start, end = end, end + part.out_features
+            stop = end if by_rows else end + -end % BLOCK
+            rows = slice(start, end) if by_rows else slice(start // first.form, stop // first.form)
+            part.qweight = whole.qweight[rows]
+            part.scales = (
+                whole.scales[start:end] if first.bits == 8 else whole.scales[:, start:stop]
+            )
+            if part.bias is not None and whole.bias is not None:
+                part.bias = whole.bias[start:end]
+    whole.arrange()
+    if whole.qweight.is_mkldnn:
+        end = 0
+        for part in layers:
+            start, end = end, end + part.out_features
+            part.shared = whole, slice(start, end)  # first: it means nothing to codes in rows
+            part.qweight = whole.qweight
 
 
 def joint(layers: Sequence[QuantizedLinear]) -> QuantizedLinear | None:
@@ -429,15 +439,31 @@ def joint(layers: Sequence[QuantizedLinear]) -> QuantizedLinear | None:
     first, sizes = layers[0], [part.out_features for part in layers]
     if len(layers) == 1:
         return first
-    if any(part.qweight.is_mkldnn or part.bits != first.bits for part in layers):
+    biases = [part.bias for part in layers]
+    bias = joint_bias(biases, sizes)
+    if bias is None and any(b is not None for b in biases):
+        return None
+    if any(part.qweight.is_mkldnn for part in layers):
+        return _joint_in_order(layers)
+    if any(part.bits != first.bits for part in layers):
         return None
     qweight = side_by_side([part.qweight for part in layers])
     scales = side_by_side([part.scales for part in layers], 0 if first.bits == 8 else 1)
-    biases = [part.bias for part in layers]
-    bias = joint_bias(biases, sizes)
-    if qweight is None or scales is None or (bias is None and any(b is not None for b in biases)):
+    if qweight is None or scales is None:
         return None
     return QuantizedLinear(qweight, scales, bias, sum(sizes), first.form)
+
+
+def _joint_in_order(layers: Sequence[QuantizedLinear]) -> QuantizedLinear | None:
+    """The same of codes in oneDNN's order: the layer that `join` made of just these."""
+    if layers[0].shared is None:
+        return None
+    whole, end = layers[0].shared[0], 0
+    for part in layers:
+        start, end = end, end + part.out_features
+        if part.qweight is not whole.qweight or part.shared != (whole, slice(start, end)):
+            return None
+    return whole if end == whole.out_features else None
 
 
 def quantize(

@@ -1,9 +1,11 @@
 """Packing: one storage for weights that are read together, and nothing else changes."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from qwen2audio_core import quantize, tiny, weights
 from qwen2audio_core.errors import InputError
@@ -172,21 +174,37 @@ def test_quantised_groups_are_one_product_too(model, bits, tmp_path, monkeypatch
 
 
 @pytest.mark.skipif(not quantize._multiplies_bytes(), reason="needs a CPU with AVX-512 VNNI or AMX")
-def test_codes_in_an_order_of_their_own_stay_apart(model, tmp_path):
+def test_codes_in_an_order_of_their_own(model, tmp_path):
     quantize.quantize(model, 8)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ids = torch.arange(10)[None]
+    x = torch.randn(2, 64)
+    quantised = [group for group in groups(model) if isinstance(group[0], quantize.QuantizedLinear)]
+    assert quantised
     with torch.no_grad():
         logits = model(ids)
         pack(model)
         assert model.language_model.lm_head.qweight.is_mkldnn
         assert 0 < (model(ids) - logits).abs().max() < 0.01 * logits.abs().max()
-    x = torch.randn(2, 64)
-    for group in groups(model):
-        if isinstance(group[0], quantize.QuantizedLinear):
-            apart = projection(*group)
-            assert isinstance(apart, Separate)
-            assert all(map(torch.equal, apart.split(x), [layer(x) for layer in group]))
+        for group in quantised:
+            joint = projection(*group)
+            assert isinstance(joint, Alone) and joint.layer is group[0].shared[0]
+            assert all(map(torch.equal, joint.split(x), [layer(x) for layer in group]))
+            for layer in group:
+                exact = F.linear(x, layer.widened(), layer.bias)
+                assert (layer(x) - exact).abs().max() < 1e-3 * exact.abs().max()
+            # Parts in another order, or some of them, are not what was joined.
+            assert quantize.joint(group[::-1]) is None and quantize.joint(group[:-1] * 2) is None
+            assert quantize.joint(group[1:]) is (group[1] if len(group) == 2 else None)
+    twin = copy.deepcopy(model)
+    assert not any(tensor.is_mkldnn for tensor in twin.buffers())
+    pack(twin)
+    model.double().float()  # to another device it would be the same: apart, and as stored
+    assert quantize.joint(quantised[0]) is None
+    pack(model)
+    assert quantize.joint(quantised[0]).qweight.is_mkldnn
+    with torch.no_grad():
+        assert torch.equal(twin(ids), model(ids))
     save_model(model, tmp_path / "saved")
     again = load_model(tmp_path / "saved").state_dict()
     assert all(torch.equal(again[name], before[name]) for name in before)
