@@ -58,7 +58,7 @@ prepare_environment() {
     if [ "$found" = "$key $extra" ] || [ "$found" = "$key test" ]; then
         say "environment $environment is ready"
     else
-        say "installing qwen2audio${extra:+ and its $extra extra}: some minutes, 3 GB or more with CUDA"
+        say "installing qwen2audio${extra:+ and its $extra extra}: some minutes, with CUDA 3 GB to fetch and 6 GB of disk"
         touch "$environment/installing"
         [ -t 1 ] || quiet=--quiet
         "$environment/bin/python" -m pip install $quiet --disable-pip-version-check \
