@@ -94,7 +94,7 @@ class AudioEncoder(nn.Module):
         longest = int(conv_frames.max())
         x = self.gelu_op(self.conv1(mel.to(self.conv1.weight.dtype)))  # (n, Da, F)
         x = self.gelu_op(self.conv2(x))[:, :, :longest].transpose(1, 2)  # (n, T, Da)
-        # Every sum and norm of the layers would go on reading it across its rows.
+        # Row by row in memory: every sum and norm of the layers would else read it in strides.
         x = x.contiguous() + self.embed_positions.weight[:longest]
         # What is behind a shorter clip's end is computed with the batch, hidden from attention.
         ragged = bool((conv_frames != longest).any())

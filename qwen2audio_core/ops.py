@@ -10,6 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Whether products of a bfloat16 vector and matrix are fast on this CPU. They are where MKL has
+# instructions for them; it uses Intel's alone, and but for one generation such CPUs have AMX too.
+# Attention of one query in bfloat16 then takes a third (100 keys) to a fifth (1,000) of the time of
+# widening them to float32, and elsewhere one to three times that time (measured).
+NARROW_PRODUCTS = torch.backends.mkl.is_available() and bool(
+    getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+)
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Scale each vector to unit root-mean-square, then by a learned weight.
@@ -204,14 +212,13 @@ def fused_attention(
     """PyTorch's scaled_dot_product_attention on our layout of axes.
 
     q (B, T, H, C), k and v (B, S, G, C), visible (B, 1, T, S) or None; returns (B, T, H, C).
-    A single query on a CPU runs in float32 at least, unless `narrow_products`: the small products
-    of each head then take up to three times as long as widening keys and values does.
+    A single query on a CPU runs in float32 at least, but in bfloat16 with NARROW_PRODUCTS.
     """
     dtype = q.dtype
     if (
         q.shape[1] == 1
         and q.device.type == "cpu"
-        and not (dtype == torch.bfloat16 and narrow_products())
+        and not (dtype == torch.bfloat16 and NARROW_PRODUCTS)
     ):
         q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
     y = F.scaled_dot_product_attention(
@@ -223,16 +230,6 @@ def fused_attention(
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return y.transpose(1, 2).to(dtype)
-
-
-def narrow_products() -> bool:
-    """Whether products of a bfloat16 vector and matrix are fast here: MKL knows how to do them.
-
-    It uses the instructions of Intel's CPUs alone, and all that have them have AMX too, but for one
-    generation. Attention of one query then takes a quarter of its time in float32 (measured with
-    100 to 1,000 keys), and without them one to three times that time.
-    """
-    return torch.backends.mkl.is_available() and torch.cpu._is_amx_tile_supported()
 
 
 def attention_by_products(

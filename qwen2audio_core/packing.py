@@ -54,18 +54,30 @@ class Projection:
 
 
 class Separate(Projection):
-    """The same over weights that lie apart: one product for each."""
+    """The same over weights that lie apart: one product for each.
 
-    def __init__(self, parts: Sequence[Projection]):
+    For codes that quantize.join put in order as one it is one product, as long as they lie so.
+    """
+
+    def __init__(self, parts: Sequence[Projection], deterministic: bool):
         super().__init__([size for part in parts for size in part.sizes], None, None)
         self.parts = list(parts)
+        layers = [part.layer for part in parts if isinstance(part, Alone)]
+        coded = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
+        self._coded = coded if len(coded) == len(parts) else []
+        self._deterministic = deterministic
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = torch.cat(self.split(x), dim=-1)
         return y if residual is None else residual + y
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(part(x) for part in self.parts)
+        whole = quantize.in_order(self._coded) if self._coded else None
+        if whole is None or not whole.takes_bytes(x, self._deterministic):
+            return tuple(part(x) for part in self.parts)
+        parts = whole.in_integers(x).split(self.sizes, dim=-1)
+        pairs = zip(parts, self._coded, strict=True)
+        return tuple(y if layer.bias is None else y + layer.bias for y, layer in pairs)
 
 
 class Kernel(Projection):
@@ -164,7 +176,8 @@ def projection(
         return Kernel(alone, kernel, whole.codes, whole.bias, whole.scales, deterministic)
     if len(layers) == 1:
         return Alone(linear[0], deterministic)
-    return Separate([projection(one, kernel=kernel, deterministic=deterministic) for one in layers])
+    parts = [projection(one, kernel=kernel, deterministic=deterministic) for one in layers]
+    return Separate(parts, deterministic)
 
 
 def groups(model: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
@@ -190,7 +203,7 @@ def pack_codes(model: nn.Module) -> None:
             coded = [layer for _, layer in group if isinstance(layer, QuantizedLinear)]
             if len(coded) == len(group):
                 quantize.join(coded)
-    quantize.arrange(model)
+        quantize.arrange(model)
 
 
 def pack(model: nn.Module) -> None:

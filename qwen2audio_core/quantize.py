@@ -16,19 +16,21 @@ state_dict() shows them, N outputs and K inputs are
     .scales   bfloat16 (N,) or (K/group, 64 ceil(N/64), 2), the scale and the zero
 
 which is what PyTorch's kernel reads on a CPU with AVX-512: a folder of codes is mapped into memory
-and used as it is. Other CPUs and GPUs have the int4 codes rearranged once, when they arrive there.
+and used as it is, until an engine lays codes side by side (packing.pack_codes). Other CPUs and GPUs
+have the int4 codes rearranged once, when they arrive there.
 
 A few rows go through a kernel that reads the codes: Triton's on a GPU, PyTorch's on a CPU. Of
 PyTorch's only the one for bfloat16 is fast, so on a CPU a few rows of any x are rounded to bfloat16
 and so is their y, which adds a quarter of int8's own error and less than a fortieth of int4's.
 `arrange` makes int8 layers ready for a faster way on a CPU that multiplies bytes, as the engine
 does: there x becomes two bytes a number, which is nearer to it, and many rows of bfloat16 and
-float16 go that way too; see `QuantizedLinear._in_integers`.
+float16 go that way too; see `QuantizedLinear.in_integers`.
 Everything else (the many rows of a prompt, float64, gradients) widens the weights a piece at a
 time, each rounded once to the dtype of x, and multiplies as an unquantised layer does.
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -52,6 +54,7 @@ ROWS = 1  # stands for Triton's form of the int4 codes, where outputs lie apart
 FEW = 128  # rows up to which reading codes beats widening them
 LARGEST = 127 * 257  # what the largest number of a row becomes, where x is cut into bytes
 PIECE = 2**20  # weights widened at a time; on a GPU 64 times as many
+_ordering = threading.RLock()  # held while codes are put in order: one thread at a time
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,8 @@ class QuantizedLinear(nn.Module):
     bias             (N,) or None, in the model's dtype
     outputs          N, which int4 rounds up to whole blocks
     form             of int4 codes that are not as stored; see `settle`
-    shared           the layer over several whose codes oneDNN holds as one, and this layer's rows
-                     of it; what qweight holds is then that layer's. See `join`
+    shared           where oneDNN holds the codes of several layers as one (`join`): a layer without
+                     bias over all of them, whose qweight this one's is too, and the rows of it
     """
 
     qweight: Tensor
@@ -230,10 +233,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor, deterministic: bool = False) -> Tensor:
         """y = x w^T + bias. With `deterministic` a row's result is bit for bit the same alone and
         among others."""
-        few = deterministic or x.numel() <= FEW * self.in_features
-        few = few or (self.qweight.is_mkldnn and x.dtype != torch.float32)
-        gradient = torch.is_grad_enabled() and x.requires_grad
-        if few and not gradient and x.dtype != torch.float64:
+        if self._reads_codes(x, deterministic):
             if self.for_kernel and (self.form == ROWS or _triton(x.device)):
                 return self._on_triton(x, deterministic)
             if x.device.type == "cpu" and (self.bits == 8 or self.form == _cpu_block()):
@@ -245,7 +245,7 @@ class QuantizedLinear(nn.Module):
     @property
     def codes(self) -> Tensor:
         """qweight in its own order of numbers, even where oneDNN holds it in another."""
-        codes = self.qweight  # once: another thread's first call may replace it
+        codes = self.qweight  # once: an engine may be putting them in order, in another thread
         if not codes.is_mkldnn:
             return codes
         codes = codes.to_dense().T
@@ -257,43 +257,55 @@ class QuantizedLinear(nn.Module):
         return self.bits == 8 or self.form == ROWS
 
     def _on_cpu(self, x: Tensor) -> Tensor:
-        if self.qweight.is_mkldnn:
-            if self.shared is None:
-                return self._in_integers(x)
-            whole, own = self.shared
-            return whole._in_integers(x)[..., own]
-        rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
-        if self.bits == 8:
-            y = torch.ops.aten._weight_int8pack_mm(rows, self.qweight, self.scales)
+        codes, scales = self.qweight, self.scales  # the codes once, as above
+        if codes.is_mkldnn:
+            whole, rows = self.shared or (self, slice(None))
+            y = whole.in_integers(x)[..., rows]
         else:
-            codes = self.qweight.view(-1, self.in_features // 2)
-            scales = self.scales.contiguous()  # of layers side by side they lie apart
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, self.group, scales)
-            y = y[:, : self.out_features]
-        y = y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+            few = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
+            if self.bits == 8:
+                y = torch.ops.aten._weight_int8pack_mm(few, codes, scales)
+            else:
+                codes = codes.view(-1, self.in_features // 2)
+                scales = scales.contiguous()  # of layers side by side they lie apart
+                y = torch.ops.aten._weight_int4pack_mm_for_cpu(few, codes, self.group, scales)
+                y = y[:, : self.out_features]
+            y = y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
-    def _in_integers(self, x: Tensor) -> Tensor:
-        """y = x w^T + bias in products of bytes, which the CPU adds up in 32 bits without rounding.
+    def takes_bytes(self, x: Tensor, deterministic: bool = False) -> bool:
+        """Whether `forward` of this x is `in_integers` and the bias."""
+        return self.qweight.is_mkldnn and self._reads_codes(x, deterministic)
+
+    def _reads_codes(self, x: Tensor, deterministic: bool) -> bool:
+        few = deterministic or x.numel() <= FEW * self.in_features
+        few = few or (self.qweight.is_mkldnn and x.dtype != torch.float32)
+        gradient = torch.is_grad_enabled() and x.requires_grad
+        return few and not gradient and x.dtype != torch.float64
+
+    def in_integers(self, x: Tensor) -> Tensor:
+        """x w^T in products of bytes that the CPU adds up in 32 bits. For codes in oneDNN's order.
 
         A row of x is unit * (256 high + low), two rows of bytes: 16 bits a number, more than
         bfloat16's 8. oneDNN takes the bytes of x unsigned, so 128 is added and taken off again.
         Twice the rows cost nothing while reading the codes takes the time. A row's result is the
-        same alone and among others.
+        same alone and among others, but for layers of fewer than 192 outputs with codes so
+        one-sided that a sum passes 2^24: some of oneDNN's kernels for those round it to float32.
         """
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.in_features).contiguous()
         unit = rows.abs().amax(-1, keepdim=True).float().clamp_min_(1e-30).mul_(1 / LARGEST)
         # From 257 to 65535, so that its two lower bytes are high + 128 and low + 128.
-        whole = torch.addcdiv(_offset(), rows, unit).to(torch.int32)
-        both = whole.view(torch.uint8).unflatten(-1, (-1, 4))[..., :2].permute(2, 0, 1).contiguous()
+        numbers = torch.addcdiv(_offset(), rows, unit).to(torch.int32)
+        both = numbers.view(torch.uint8).unflatten(-1, (-1, 4))[..., :2]  # (rows, K, 2)
+        both = both.permute(2, 0, 1).contiguous()
+        scales = self.scales.float()
         most = max(16, 8 * PIECE // self.out_features)  # of which y has two rows in float32 each
         pieces = []
         for part, size in zip(both.split(most, 1), unit.split(most), strict=True):
-            low, high = _multiply_bytes(part.flatten(0, 1), self.qweight, self.scales).chunk(2)
+            low, high = _multiply_bytes(part.flatten(0, 1), self.qweight, scales).chunk(2)
             pieces.append(low.add_(high, alpha=256).mul_(size).to(x.dtype))
         y = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        y = y.reshape(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def _on_triton(self, x: Tensor, deterministic: bool) -> Tensor:
         y: Tensor = _kernels().linear(
@@ -338,11 +350,11 @@ class QuantizedLinear(nn.Module):
         process. state_dict(), copies and moves to other devices are of the codes as stored.
         """
         short = self.in_features <= 2**16  # sums of 255 * 127 must fit into 31 bits
-        codes = self.qweight
-        here = codes.device.type == "cpu" and not codes.is_mkldnn
-        if self.bits == 8 and short and here and _multiplies_bytes():
-            self.shared = None
-            self.qweight = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+        with _ordering:
+            codes = self.qweight
+            here = codes.device.type == "cpu" and not codes.is_mkldnn
+            if self.bits == 8 and short and here and _multiplies_bytes():
+                self.qweight = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
 
     def settle(self) -> None:
         """Bring the codes, as stored, into the form that the kernel of their device reads."""
@@ -360,7 +372,7 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
         # .to(device) ends in the form of the new device; .to(dtype) concerns the bias alone.
         self.qweight, self.scales = self.stored()
-        self.form = BLOCK
+        self.form, self.shared = BLOCK, None
         bits = self.scales.view(torch.int16)
         super()._apply(fn, recurse)
         self.scales = fn(bits).view(torch.bfloat16)
@@ -373,7 +385,7 @@ class QuantizedLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         self.qweight, self.scales = self.stored()
-        self.form = BLOCK
+        self.form, self.shared = BLOCK, None
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.settle()
 
@@ -392,42 +404,44 @@ class QuantizedLinear(nn.Module):
 def join(layers: Sequence[QuantizedLinear]) -> None:
     """Lay the codes of layers with the same inputs side by side, in place, where they can be.
 
-    Each layer keeps its place in them; `joint` is one layer over all. int4 codes lie in blocks of
-    64 outputs (but for ROWS): layers that end within a block stay as they are. int8 codes are put
-    in order together where this CPU multiplies bytes; a layer that is called by itself then pays
-    for all of them.
+    Each layer keeps its place as a view; `joint` is one layer over all of them. int4 codes lie in
+    blocks of 64 outputs (but for ROWS): layers that end within a block stay as they are.
+    Where this CPU multiplies bytes, int8 codes are put in order as one instead: `in_order` is the
+    layer over all of them, and one that is called by itself takes the time of all.
     """
     first = layers[0]
+    by_rows = first.bits == 8 or first.form == ROWS
     alike = all(
         (part.bits, part.group, part.form, part.in_features)
         == (first.bits, first.group, first.form, first.in_features)
         for part in layers
     )
-    by_rows = first.bits == 8 or first.form == ROWS
     whole_blocks = by_rows or not any(part.out_features % BLOCK for part in layers[:-1])
-    arranged = any(part.qweight.is_mkldnn for part in layers)
-    if not alike or not whole_blocks or arranged:
-        return
-    whole = joint(layers)
-    if whole is None:
-        whole = QuantizedLinear.joined(layers)
+    with _ordering, torch.no_grad():
+        if not alike or not whole_blocks or any(part.qweight.is_mkldnn for part in layers):
+            return
+        whole = joint(layers)
+        if whole is None:
+            whole = QuantizedLinear.joined(layers)
+            end = 0
+            for part in layers:
+                start, end = end, end + part.out_features
+                stop = end if by_rows else end + -end % BLOCK
+                form = 1 if by_rows else first.form
+                part.qweight = whole.qweight[start // form : stop // form]
+                places = slice(start, end if first.bits == 8 else stop)
+                part.scales = whole.scales[places] if first.bits == 8 else whole.scales[:, places]
+                if part.bias is not None and whole.bias is not None:
+                    part.bias = whole.bias[start:end]
+        whole.arrange()
+        if not whole.qweight.is_mkldnn:
+            return
+        whole.bias = None
         end = 0
         for part in layers:
             start, end = end, end + part.out_features
-            stop = end if by_rows else end + -end % BLOCK
-            rows = slice(start, end) if by_rows else slice(start // first.form, stop // first.form)
-            part.qweight = whole.qweight[rows]
-            part.scales = (
-                whole.scales[start:end] if first.bits == 8 else whole.scales[:, start:stop]
-            )
-            if part.bias is not None and whole.bias is not None:
-                part.bias = whole.bias[start:end]
-    whole.arrange()
-    if whole.qweight.is_mkldnn:
-        end = 0
-        for part in layers:
-            start, end = end, end + part.out_features
-            part.shared = whole, slice(start, end)  # first: it means nothing to codes in rows
+            # In this order: a thread that reads both looks at the codes first.
+            part.shared = whole, slice(start, end)
             part.qweight = whole.qweight
 
 
@@ -439,23 +453,20 @@ def joint(layers: Sequence[QuantizedLinear]) -> QuantizedLinear | None:
     first, sizes = layers[0], [part.out_features for part in layers]
     if len(layers) == 1:
         return first
-    biases = [part.bias for part in layers]
-    bias = joint_bias(biases, sizes)
-    if bias is None and any(b is not None for b in biases):
-        return None
-    if any(part.qweight.is_mkldnn for part in layers):
-        return _joint_in_order(layers)
-    if any(part.bits != first.bits for part in layers):
+    if any(part.qweight.is_mkldnn or part.bits != first.bits for part in layers):
         return None
     qweight = side_by_side([part.qweight for part in layers])
     scales = side_by_side([part.scales for part in layers], 0 if first.bits == 8 else 1)
-    if qweight is None or scales is None:
+    biases = [part.bias for part in layers]
+    bias = joint_bias(biases, sizes)
+    if qweight is None or scales is None or (bias is None and any(b is not None for b in biases)):
         return None
     return QuantizedLinear(qweight, scales, bias, sum(sizes), first.form)
 
 
-def _joint_in_order(layers: Sequence[QuantizedLinear]) -> QuantizedLinear | None:
-    """The same of codes in oneDNN's order: the layer that `join` made of just these."""
+def in_order(layers: Sequence[QuantizedLinear]) -> QuantizedLinear | None:
+    """The layer without bias that `join` made of just these for a CPU that multiplies bytes, while
+    they are as it left them: its codes stay what they were when theirs are loaded anew or moved."""
     if layers[0].shared is None:
         return None
     whole, end = layers[0].shared[0], 0
@@ -721,16 +732,18 @@ def _multiplies_bytes() -> bool:
     """
     if not hasattr(torch.ops.onednn, "qlinear_pointwise") or not torch.cpu._is_vnni_supported():
         return False
-    codes = torch.full((64, 512), 127, dtype=torch.int8)
-    x = torch.full((2, 512), 255, dtype=torch.uint8)
-    packed = torch.ops.onednn.qlinear_prepack(codes, None)
-    return bool((_multiply_bytes(x, packed, torch.ones(64)) == 512 * 127 * 127).all())
+    with torch.device("cpu"):
+        codes = torch.full((64, 512), 127, dtype=torch.int8)
+        x = torch.full((2, 512), 255, dtype=torch.uint8)
+        packed = torch.ops.onednn.qlinear_prepack(codes, None)
+        y = _multiply_bytes(x, packed, torch.ones(64, dtype=torch.float32))
+    return bool((y == 512 * 127 * 127).all())
 
 
 def _multiply_bytes(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """(x - 128) codes^T * scales; x uint8 (M, K), codes in oneDNN's order, returns float32."""
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
-        x, 1.0, 128, codes, scales.float(), _zeros(len(scales)), None,
+        x, 1.0, 128, codes, scales, _zeros(len(scales)), None,
         1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
     return y
@@ -739,13 +752,14 @@ def _multiply_bytes(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 @cache
 def _offset() -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(128 * 257 + 0.5)  # a half: what follows cuts off, not rounds
+        # The half is there because what follows cuts off and does not round.
+        return torch.tensor(128 * 257 + 0.5, dtype=torch.float32, device="cpu")
 
 
 @cache
 def _zeros(count: int) -> Tensor:
     with torch.inference_mode(False):
-        return torch.zeros(count, dtype=torch.int32)
+        return torch.zeros(count, dtype=torch.int32, device="cpu")
 
 
 @cache
@@ -755,11 +769,12 @@ def _cpu_block() -> int:
     The layout is private to PyTorch and differs between CPUs, so it is asked for by packing
     something: 64 or 32, or 0 where it is neither and the kernel cannot be used.
     """
-    codes = torch.randint(0, 16, (64, 32), generator=torch.Generator().manual_seed(0))
-    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1).flatten()
-    for block in (64, 32):
-        if torch.equal(_pack(codes.to(torch.uint8), block).flatten(), theirs):
-            return block
+    with torch.device("cpu"):
+        codes = torch.randint(0, 16, (64, 32), generator=torch.Generator().manual_seed(0))
+        theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1).flatten()
+        for block in (64, 32):
+            if torch.equal(_pack(codes.to(torch.uint8), block).flatten(), theirs):
+                return block
     return 0
 
 

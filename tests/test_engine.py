@@ -737,6 +737,37 @@ def test_a_model_that_has_changed_is_forgotten(assistant):
         assert engine.generate([prompt], GREEDY)[0].ids == after
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_that_are_loaded_anew_are_those_that_answer(assistant, bits):
+    models = fresh(), fresh()
+    with torch.no_grad():
+        for layer in models[1].language_model.model.layers:
+            layer.mlp.down_proj.weight.neg_()
+            layer.self_attn.q_proj.weight.mul_(-1.5)
+            layer.self_attn.v_proj.bias.add_(0.1)
+    for model in models:
+        quantize.quantize(model, bits)
+    model, other = models
+    prompt = mixed(assistant, 1)[0]
+
+    def logits(slots):
+        with torch.inference_mode():
+            slots.clear(0)
+            slots.prefill([job_of(prompt)])
+            slots.step(1)
+        return slots.logits.clone()
+
+    with Engine(model, max_batch=2, max_tokens=512, worker=False) as engine:
+        before = logits(engine.slots)
+        model.load_state_dict(other.state_dict())
+        engine.forget()
+        after = logits(engine.slots)
+    with Engine(other, max_batch=2, max_tokens=512, worker=False) as engine:
+        expected = logits(engine.slots)
+    scale = expected.abs().max()
+    assert (after - expected).abs().max() < 0.03 * scale < 0.1 * (before - expected).abs().max()
+
+
 # --- many callers ---------------------------------------------------------------------------------
 
 

@@ -252,11 +252,13 @@ def test_every_weight_but_the_positions_gets_a_gradient():
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_it_compiles_without_a_break(model):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [5, 1])
+def test_it_compiles_without_a_break(model, count, dtype):
     if not torch._dynamo.is_dynamo_supported():
         pytest.skip("torch.compile does not run on this Python")
-    decoder = model.language_model.model
-    x, positions = torch.randn(1, 5, 64), torch.arange(5)[None]
+    decoder = copy.deepcopy(model.language_model.model).to(dtype)
+    x, positions = torch.randn(1, count, 64, dtype=dtype), torch.arange(count)[None]
     compiled = torch.compile(decoder, fullgraph=True, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x, positions), decoder(x, positions))

@@ -139,7 +139,7 @@ def test_attention_takes_views_and_differentiates(op):
 @pytest.mark.parametrize("narrow", [False, True])
 def test_a_bfloat16_query_alone_on_a_cpu(rows, narrow, monkeypatch):
     """It attends in float32 where that is faster, and else rounds as the fused kernel does."""
-    monkeypatch.setattr(ops, "narrow_products", lambda: narrow)
+    monkeypatch.setattr(ops, "NARROW_PRODUCTS", narrow)
     shapes = ((rows, 1, 4, 64), (rows, 150, 2, 64), (rows, 150, 2, 64))
     q, k, v = (random(*shape, dtype=torch.float32).bfloat16() for shape in shapes)
     start = torch.arange(rows) * 7 if rows > 1 else None

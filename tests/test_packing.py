@@ -1,6 +1,8 @@
 """Packing: one storage for weights that are read together, and nothing else changes."""
 
 import copy
+import threading
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -173,7 +175,12 @@ def test_quantised_groups_are_one_product_too(model, bits, tmp_path, monkeypatch
     assert [tensor.data_ptr() for tensor in model.state_dict().values()] == places
 
 
-@pytest.mark.skipif(not quantize._multiplies_bytes(), reason="needs a CPU with AVX-512 VNNI or AMX")
+multiplies_bytes = pytest.mark.skipif(
+    not quantize._multiplies_bytes(), reason="needs a CPU with AVX-512 VNNI or AMX"
+)
+
+
+@multiplies_bytes
 def test_codes_in_an_order_of_their_own(model, tmp_path):
     quantize.quantize(model, 8)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -188,26 +195,92 @@ def test_codes_in_an_order_of_their_own(model, tmp_path):
         assert 0 < (model(ids) - logits).abs().max() < 0.01 * logits.abs().max()
         for group in quantised:
             joint = projection(*group)
-            assert isinstance(joint, Alone) and joint.layer is group[0].shared[0]
+            assert isinstance(joint, Separate)
+            assert quantize.in_order(group) is group[0].shared[0]
             assert all(map(torch.equal, joint.split(x), [layer(x) for layer in group]))
             for layer in group:
                 exact = F.linear(x, layer.widened(), layer.bias)
                 assert (layer(x) - exact).abs().max() < 1e-3 * exact.abs().max()
             # Parts in another order, or some of them, are not what was joined.
-            assert quantize.joint(group[::-1]) is None and quantize.joint(group[:-1] * 2) is None
-            assert quantize.joint(group[1:]) is (group[1] if len(group) == 2 else None)
+            for others in (group[::-1], group[:-1], group[1:], group[:-1] * 2):
+                assert quantize.in_order(others) is None
     twin = copy.deepcopy(model)
     assert not any(tensor.is_mkldnn for tensor in twin.buffers())
     pack(twin)
+    whole = weakref.ref(quantised[0][0].shared[0])
     model.double().float()  # to another device it would be the same: apart, and as stored
-    assert quantize.joint(quantised[0]) is None
+    assert quantize.in_order(quantised[0]) is None
+    assert whole() is None, "the codes are held twice"
     pack(model)
-    assert quantize.joint(quantised[0]).qweight.is_mkldnn
+    assert quantize.in_order(quantised[0]).qweight.is_mkldnn
     with torch.no_grad():
         assert torch.equal(twin(ids), model(ids))
     save_model(model, tmp_path / "saved")
     again = load_model(tmp_path / "saved").state_dict()
     assert all(torch.equal(again[name], before[name]) for name in before)
+
+
+@multiplies_bytes
+def test_layers_in_order_are_read_as_they_are_now(model):
+    """A bias that is replaced, codes that are loaded anew: the projection sees them."""
+    quantize.quantize(model, 8)
+    group = next(groups(model))
+    other = {name: tensor.clone() for name, tensor in group[0].state_dict().items()}
+    other["qweight"] = -other["qweight"]
+    pack(model)
+    joint, x = projection(*group), torch.randn(2, 64)
+    assert quantize.in_order(group) is not None
+    with torch.no_grad():
+        q, k, v = joint.split(x)
+        group[1].bias = group[1].bias + 3
+        torch.testing.assert_close(joint.split(x)[1], k + 3)
+        torch.testing.assert_close(group[1](x), k + 3)
+        group[0].load_state_dict(other)
+        assert quantize.in_order(group) is None
+        bias = group[0].bias
+        torch.testing.assert_close(joint.split(x)[0] - bias, bias - q, rtol=0.02, atol=0.02)
+        assert torch.equal(joint.split(x)[2], v)
+
+
+@multiplies_bytes
+def test_two_threads_may_pack_what_a_third_runs(model):
+    quantize.quantize(model, 8)
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    group, x = next(groups(model)), torch.randn(1, 64).bfloat16()
+    exact = [F.linear(x.float(), layer.widened(), layer.bias) for layer in group]
+    failures: list[BaseException] = []
+    done = threading.Event()
+
+    def guarded(run):
+        def body():
+            try:
+                run()
+            except BaseException as error:
+                failures.append(error)
+
+        return threading.Thread(target=body)
+
+    def ask():
+        while not done.is_set():
+            for layer, y in zip(group, exact, strict=True):
+                assert (layer(x) - y).abs().max() < 0.05 * y.abs().max()
+
+    with torch.inference_mode():
+        for _ in range(20):
+            model.load_state_dict(stored)
+            done.clear()
+            packers = [guarded(lambda: pack(model)) for _ in range(2)]
+            reader = guarded(ask)
+            reader.start()
+            for thread in packers:
+                thread.start()
+            for thread in packers:
+                thread.join()
+            done.set()
+            reader.join()
+            assert not failures
+            assert quantize.in_order(group) is not None
+            assert all(torch.equal(model.state_dict()[name], stored[name]) for name in stored)
 
 
 def test_quantised_groups_come_apart_and_together_again(model, monkeypatch):
