@@ -413,9 +413,8 @@ def pick_device(device: torch.device | str | None = None) -> torch.device:
         try:
             found = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
-            raise InputError(
-                f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}"
-            ) from error
+            why = str(error).splitlines()[0].split(". ")[0]  # PyTorch lists every device it knows
+            raise InputError(f"device {str(device)!r} cannot be used: {why:.200}") from error
         if found.type not in ("cpu", "cuda", "mps"):
             raise InputError(f"device {str(device)!r} cannot be used: expected cpu, cuda or mps")
         return found

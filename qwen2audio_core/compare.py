@@ -167,11 +167,7 @@ def compare(
             f" {install.package('transformers')}"
         ) from error
     folder = Path(folder)
-    if (scheme := weights.read_scheme(folder)) is not None:
-        raise InputError(
-            f"{folder}: in {scheme}, which transformers does not read; compare the checkpoint that"
-            " it was made from"
-        )
+    weights.refuse_codes(folder, "which transformers does not read; compare")
     tokenizer = Tokenizer.from_folder(folder)
     prompt = chat.encode([user_turn(text, list(clips))], tokenizer)
     config = Qwen2AudioConfig.from_json(folder / "config.json")

@@ -16,8 +16,9 @@ def extra(name: str) -> str:
 
 
 def package(name: str) -> str:
-    """The command for another package."""
-    return _pip(name)
+    """The command for another package, in the version that the project is tested with."""
+    constraints = ROOT / "constraints.txt"
+    return _pip(*(["-c", str(constraints)] if constraints.is_file() else []), name)
 
 
 def _pip(*words: str) -> str:

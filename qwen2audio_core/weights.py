@@ -192,6 +192,13 @@ def read_scheme(folder: Path) -> Scheme | None:
     return scheme
 
 
+def refuse_codes(folder: Path, why: str) -> None:
+    """InputError for a quantised checkpoint; `why` ends in what to do with "the checkpoint that it
+    was made from"."""
+    if (scheme := read_scheme(folder)) is not None:
+        raise InputError(f"{folder}: in {scheme}, {why} the checkpoint that it was made from")
+
+
 def read_headers(folder: Path) -> dict[str, Stored]:
     """All tensors of a checkpoint under their published names, from the files' headers alone."""
     files = weight_files(folder)
@@ -290,6 +297,12 @@ def _header(file: Path) -> tuple[int, dict[str, Any]]:
     The library reads the file first: what it takes has tensors that lie within the file, one after
     the other, each as long as its dtype and shape say.
     """
+    try:
+        str(file).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"{file}: the safetensors library opens no path that is not UTF-8; rename it"
+        ) from error
     try:
         with safe_open(file, framework="pt"):
             pass

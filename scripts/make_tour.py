@@ -37,7 +37,12 @@ def parts(text: str) -> Iterator[tuple[str, str, int]]:
 
 def run(text: str, out: Path, model: str | None = None) -> list[Path]:
     """Run all blocks and write all pictures into `out`; returns their paths."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError as error:
+        from qwen2audio_core import install
+
+        raise SystemExit(f"error: pictures need matplotlib: {install.extra('plot')}") from error
     import torch
 
     matplotlib.use("Agg")

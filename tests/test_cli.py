@@ -196,6 +196,9 @@ def test_dtype_and_device(run, question):
     assert "device 'nonsense' cannot be used" in failure(
         run("ask", "--audio", question, "--device", "nonsense")
     )
+    if not torch.backends.mps.is_available():  # PyTorch says it in a kilobyte
+        said = failure(run("ask", "--audio", question, "--device", "mps"))
+        assert "device 'mps' cannot be used" in said and len(said) < 300
 
 
 @pytest.mark.parametrize(

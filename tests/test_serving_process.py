@@ -195,6 +195,7 @@ def test_whom_it_trusts_by_default(start, tmp_path, monkeypatch):
     ("words", "message"),
     [
         (["--slots", "0"], "--slots is 0"),
+        (["--grace", "-1"], "--grace is -1"),
         (["--context", "-1"], "--context is -1"),
         (["--max-clips", "0"], "clips is 0"),
         (["--allow-files", "/nowhere"], "/nowhere: not a folder"),

@@ -16,7 +16,7 @@ import pytest
 import torch
 from training_rows import chat_row, checkpoint, official_rows, settings, tone, write_lines
 
-from qwen2audio_core import assistant, cli, install, saving
+from qwen2audio_core import assistant, cli, install, quantize, saving
 from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.training import checkpoint as saved
 from qwen2audio_core.training import loop, losses, parallel, report
@@ -496,6 +496,28 @@ def test_a_run_without_a_checkpoint_begins_its_log_anew(base, data, tmp_path, mo
     loop.train(chosen)
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_going_on_says_what_is_different(base, data, pairs, tmp_path, capfd) -> None:
+    out = tmp_path / "run"
+    loop.train(settings(base, [data], out, steps=2))
+    assert "going on" not in capfd.readouterr().err
+    loop.train(settings(base, [data], out, steps=2))
+    said = capfd.readouterr().err
+    assert "which has all of --steps 2: nothing is trained" in said and "which read" not in said
+    loop.train(settings(base, [data + "@2"], out, steps=3))
+    said = capfd.readouterr().err
+    assert f"which read {data}, not {data}@2" in said and "nothing is trained" not in said
+    with pytest.raises(InputError, match="is of --stage .*, not dpo: choose another --out"):
+        loop.train(settings(base, [pairs], out, steps=3, stage="dpo"))
+
+
+def test_codes_are_not_trained(base, data, tmp_path) -> None:
+    model = load_model(base)
+    quantize.quantize(model, 8)
+    saving.save_model(model, tmp_path / "int8", companions=base)
+    with pytest.raises(InputError, match="in int8, which is not trained; train the checkpoint"):
+        loop.train(settings(str(tmp_path / "int8"), [data], tmp_path / "run", steps=1))
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(base, data, tmp_path) -> None:

@@ -296,6 +296,11 @@ def test_dtypes_that_are_no_weights(small, dtype, wanted):
     refused(small, name, "dtype", "supported", dtype=wanted)
 
 
+def test_a_folder_whose_name_is_not_utf8(small):
+    folder = small.rename(small.parent / os.fsdecode(b"m\xff"))
+    refused(folder, "no path that is not UTF-8; rename it")
+
+
 @pytest.mark.parametrize("keep", [0, 4, 8, 1000, -1])
 def test_truncated_shard(small, keep):
     path = shard(small, 1)

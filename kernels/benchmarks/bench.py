@@ -54,8 +54,14 @@ def set_up(device: str) -> None:
     for folder in (ROOT, ROOT / "kernels", ROOT / "tests", Path(__file__).parent):
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
-    import interpreter
+    try:
+        import interpreter
+    except ImportError as error:
+        from qwen2audio_core import install
 
+        raise SystemExit(
+            f"error: the ops are tested first, which needs {error.name}: {install.extra('test')}"
+        ) from error
     if interpreter.DEVICE.type != device:
         raise SystemExit(f"error: --device {device} was asked for, torch sees {interpreter.DEVICE}")
 

@@ -277,6 +277,7 @@ def merge(
     if not base:
         raise InputError(f"{adapter}: does not say what it belongs to, give --model")
     folder = assistant.find(base)
+    weights.refuse_codes(folder, "which takes in no adapter; merge it into")
     whole = weights.load_model(folder)
     lora.load(whole, adapter)
     lora.write_merged(whole, out, folder, overwrite)

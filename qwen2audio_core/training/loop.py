@@ -296,6 +296,7 @@ def _usable(files: Sequence[str], count_characters: bool = False) -> Rows:
 
 def _load(folder: Path, settings: Settings, group: Group) -> Qwen2Audio:
     """The model, with float32 for what is trained and the files' own dtype for what is not."""
+    weights.refuse_codes(folder, "which is not trained; train")
     kind = None if settings.adapter is not None and settings.bf16 else torch.float32
     model = weights.load_model(folder, device=group.device, dtype=kind)
     if settings.adapter is not None:
@@ -369,6 +370,8 @@ class Progress:
     tokens: int = 0
     bad: int = 0  # rows met that could not be used
     alphabet: str | None = None
+    stage: str = ""
+    data: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, place: Path) -> "Progress":
@@ -385,6 +388,13 @@ class Run:
         self.out = Path(settings.out)
         done = checkpoint.checkpoints(self.out)
         self.progress = Progress.read(done[-1]) if done else Progress()
+        begun = self.progress.stage or settings.stage
+        if begun != settings.stage:
+            raise InputError(
+                f"{done[-1]} is of --stage {begun}, not {settings.stage}: choose another --out"
+            )
+        before = self.progress.data or settings.data
+        self.progress.stage, self.progress.data = settings.stage, list(settings.data)
         if self.progress.alphabet is None:
             common = rows.characters.most_common(4000)
             self.progress.alphabet = "".join(sorted(character for character, _ in common))
@@ -423,6 +433,10 @@ class Run:
         if done:
             checkpoint.load(done[-1], self.trainee, self.optimizer, group)
             self.report.note(f"going on from {done[-1]}")
+            if before != settings.data:
+                self.report.note(f"which read {', '.join(before)}, not {', '.join(settings.data)}")
+            if settings.steps is not None and self.progress.step >= settings.steps:
+                self.report.note(f"which has all of --steps {settings.steps}: nothing is trained")
         self.report.forget_after(self.progress.step)
         limit = model.config.text.max_position_embeddings
         bins = model.config.audio.num_mel_bins
