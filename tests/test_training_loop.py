@@ -508,7 +508,7 @@ def test_going_on_says_what_is_different(base, data, pairs, tmp_path, capfd) -> 
     loop.train(settings(base, [data + "@2"], out, steps=3))
     said = capfd.readouterr().err
     assert f"which read {data}, not {data}@2" in said and "nothing is trained" not in said
-    with pytest.raises(InputError, match="is of --stage .*, not dpo: choose another --out"):
+    with pytest.raises(InputError, match=r"is of --stage .*, not dpo: choose another --out"):
         loop.train(settings(base, [pairs], out, steps=3, stage="dpo"))
 
 
