@@ -9,16 +9,21 @@ ROOT = Path(__file__).resolve().parents[1]  # of the source checkout, where this
 
 def extra(name: str) -> str:
     """The command for one of this package's extras, ready to be pasted into a shell."""
-    constraints = ROOT / "constraints.txt"
-    if constraints.is_file() and (ROOT / "pyproject.toml").is_file():
-        return _pip("-c", str(constraints), "-e", f"{ROOT}[{name}]")
+    tested = _tested_versions()
+    if tested:
+        return _pip(*tested, "-e", f"{ROOT}[{name}]")
     return _pip(f"qwen2audio[{name}]")
 
 
 def package(name: str) -> str:
-    """The command for another package, in the version that the project is tested with."""
+    """The command for another package, in a checkout in the version that is tested there."""
+    return _pip(*_tested_versions(), name)
+
+
+def _tested_versions() -> tuple[str, ...]:
     constraints = ROOT / "constraints.txt"
-    return _pip(*(["-c", str(constraints)] if constraints.is_file() else []), name)
+    checkout = constraints.is_file() and (ROOT / "pyproject.toml").is_file()
+    return ("-c", str(constraints)) if checkout else ()
 
 
 def _pip(*words: str) -> str:

@@ -54,30 +54,34 @@ class Projection:
 
 
 class Separate(Projection):
-    """The same over weights that lie apart: one product for each.
+    """The same over weights that lie apart: one product for each."""
 
-    For codes that quantize.join put in order as one it is one product, as long as they lie so.
-    """
-
-    def __init__(self, parts: Sequence[Projection], deterministic: bool):
+    def __init__(self, parts: Sequence[Projection]):
         super().__init__([size for part in parts for size in part.sizes], None, None)
         self.parts = list(parts)
-        layers = [part.layer for part in parts if isinstance(part, Alone)]
-        coded = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
-        self._coded = coded if len(coded) == len(parts) else []
-        self._deterministic = deterministic
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = torch.cat(self.split(x), dim=-1)
         return y if residual is None else residual + y
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        whole = quantize.in_order(self._coded) if self._coded else None
+        return tuple(part(x) for part in self.parts)
+
+
+class Coded(Separate):
+    """The same over codes: one product as long as they lie as quantize.join put them in order."""
+
+    def __init__(self, layers: Sequence[QuantizedLinear], deterministic: bool):
+        super().__init__([Alone(layer, deterministic) for layer in layers])
+        self.layers = list(layers)
+        self._deterministic = deterministic
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        whole = quantize.in_order(self.layers)
         if whole is None or not whole.takes_bytes(x, self._deterministic):
-            return tuple(part(x) for part in self.parts)
-        parts = whole.in_integers(x).split(self.sizes, dim=-1)
-        pairs = zip(parts, self._coded, strict=True)
-        return tuple(y if layer.bias is None else y + layer.bias for y, layer in pairs)
+            return super().split(x)
+        parts = zip(whole.in_integers(x).split(self.sizes, dim=-1), self.layers, strict=True)
+        return tuple(y if layer.bias is None else y + layer.bias for y, layer in parts)
 
 
 class Kernel(Projection):
@@ -176,8 +180,9 @@ def projection(
         return Kernel(alone, kernel, whole.codes, whole.bias, whole.scales, deterministic)
     if len(layers) == 1:
         return Alone(linear[0], deterministic)
-    parts = [projection(one, kernel=kernel, deterministic=deterministic) for one in layers]
-    return Separate(parts, deterministic)
+    if not linear and kernel is None:
+        return Coded(coded, deterministic)
+    return Separate([projection(one, kernel=kernel, deterministic=deterministic) for one in layers])
 
 
 def groups(model: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:

@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -420,29 +421,36 @@ def join(layers: Sequence[QuantizedLinear]) -> None:
     with _ordering, torch.no_grad():
         if not alike or not whole_blocks or any(part.qweight.is_mkldnn for part in layers):
             return
-        whole = joint(layers)
-        if whole is None:
-            whole = QuantizedLinear.joined(layers)
-            end = 0
-            for part in layers:
-                start, end = end, end + part.out_features
-                stop = end if by_rows else end + -end % BLOCK
-                form = 1 if by_rows else first.form
-                part.qweight = whole.qweight[start // form : stop // form]
-                places = slice(start, end if first.bits == 8 else stop)
-                part.scales = whole.scales[places] if first.bits == 8 else whole.scales[:, places]
-                if part.bias is not None and whole.bias is not None:
-                    part.bias = whole.bias[start:end]
+        whole = joint(layers) or _laid_together(layers)
         whole.arrange()
-        if not whole.qweight.is_mkldnn:
-            return
-        whole.bias = None
-        end = 0
-        for part in layers:
-            start, end = end, end + part.out_features
-            # In this order: a thread that reads both looks at the codes first.
-            part.shared = whole, slice(start, end)
-            part.qweight = whole.qweight
+        if whole.qweight.is_mkldnn:
+            whole.bias = None
+            for part, rows in zip(layers, _rows_of(layers), strict=True):
+                # In this order: a thread that reads both looks at the codes first.
+                part.shared = whole, rows
+                part.qweight = whole.qweight
+
+
+def _laid_together(layers: Sequence[QuantizedLinear]) -> QuantizedLinear:
+    """One layer over several, which become views of it."""
+    whole = QuantizedLinear.joined(layers)
+    by_rows = whole.bits == 8 or whole.form == ROWS
+    for part, rows in zip(layers, _rows_of(layers), strict=True):
+        if by_rows:
+            part.qweight = whole.qweight[rows]
+        else:
+            rows = slice(rows.start, rows.stop + -rows.stop % BLOCK)
+            part.qweight = whole.qweight[rows.start // whole.form : rows.stop // whole.form]
+        part.scales = whole.scales[rows] if whole.bits == 8 else whole.scales[:, rows]
+        if part.bias is not None and whole.bias is not None:
+            part.bias = whole.bias[rows.start : rows.start + part.out_features]
+    return whole
+
+
+def _rows_of(layers: Sequence[QuantizedLinear]) -> list[slice]:
+    """Which outputs of one layer over several are whose."""
+    ends = list(accumulate(part.out_features for part in layers))
+    return [slice(end - part.out_features, end) for part, end in zip(layers, ends, strict=True)]
 
 
 def joint(layers: Sequence[QuantizedLinear]) -> QuantizedLinear | None:
@@ -469,12 +477,12 @@ def in_order(layers: Sequence[QuantizedLinear]) -> QuantizedLinear | None:
     they are as it left them: its codes stay what they were when theirs are loaded anew or moved."""
     if layers[0].shared is None:
         return None
-    whole, end = layers[0].shared[0], 0
-    for part in layers:
-        start, end = end, end + part.out_features
-        if part.qweight is not whole.qweight or part.shared != (whole, slice(start, end)):
-            return None
-    return whole if end == whole.out_features else None
+    whole, spans = layers[0].shared[0], _rows_of(layers)
+    as_left = all(
+        part.qweight is whole.qweight and part.shared == (whole, rows)
+        for part, rows in zip(layers, spans, strict=True)
+    )
+    return whole if as_left and spans[-1].stop == whole.out_features else None
 
 
 def quantize(

@@ -493,7 +493,7 @@ def test_without_a_library_the_message_says_what_to_install(
     missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    refused(encode(noise(4000), 8000), f"pip install .*{missing}")
+    refused(encode(noise(4000), 8000), re.escape(install.package(missing)))
 
 
 def av_encode(format_: str, codec: str, samples: np.ndarray, rate: int = 48_000) -> bytes:

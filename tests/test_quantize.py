@@ -161,6 +161,8 @@ def test_x_in_two_bytes_is_nearly_exact(kind) -> None:
     exact = x.double() @ w.T
     assert ((layer(x).double() - exact).abs() <= limit).all()
     assert layer(x)[3].eq(0).all()
+    coarse = (x.double() / unit / 256).round() * unit * 256
+    assert ((coarse @ w.T - exact).abs() > limit).any()
     # Rounding to whole numbers is off by 1 / sqrt(12) in the mean; to every second, by twice that.
     error = ((layer(x).double() - exact) / (unit * w.norm(dim=-1)))[[0, 1, 2, 4]]
     assert 0.24 < error.square().mean().sqrt() < 0.34

@@ -117,11 +117,13 @@ def serve(
         fetch_seconds=fetch_timeout,
         workers=workers,
     )
-    for option, value in (("--slots", slots), ("--context", context)):
-        if value < 1:
-            raise InputError(f"{option} is {value}, it must be at least 1")
-    if grace < 0:
-        raise InputError(f"--grace is {grace:g}, it must be at least 0")
+    for option, value, least in (
+        ("--slots", slots, 1),
+        ("--context", context, 1),
+        ("--grace", grace, 0),
+    ):
+        if value < least:
+            raise InputError(f"{option} is {value:g}, it must be at least {least}")
     sock = bind(host, port)
     if not alone and api_key is None:
         note(f"warning: everybody who reaches {host} can use this server: set QWEN2AUDIO_API_KEY")

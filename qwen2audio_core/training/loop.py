@@ -370,7 +370,7 @@ class Progress:
     tokens: int = 0
     bad: int = 0  # rows met that could not be used
     alphabet: str | None = None
-    stage: str = ""
+    stage: str = ""  # what it was and read, for a run that goes on otherwise
     data: list[str] = field(default_factory=list)
 
     @classmethod

@@ -81,7 +81,7 @@ class Report:
     def _write(self, kind: str, progress: dict[str, Any], figures: dict[str, Any]) -> None:
         if self.quiet:
             return
-        known = {key: value for key, value in progress.items() if key != "alphabet"}
+        known = {key: value for key, value in progress.items() if isinstance(value, (int, float))}
         line = json.dumps({"kind": kind, **known, **figures}, ensure_ascii=False)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
