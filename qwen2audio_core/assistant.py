@@ -3,7 +3,7 @@
 Everything here is put together from the parts below it. People who change the model use those:
 
     prompt = chat.encode(messages, tokenizer)      turns and clips to ids
-    batch = chat.collate([prompt], pad_id)         ids and log-mels, padded
+    batch = chat.collate([prompt], pad_id, device=device)  ids and log-mels, padded
     logits = model(batch.ids, batch.mel, batch.conv_frames)
 """
 

@@ -62,6 +62,16 @@ class Batch:
     mel: Tensor | None  # (n, M, F) float32, the clips of all rows in row order, zeros behind each
     conv_frames: Tensor | None  # (n,) int64, frames the encoder's attention sees
 
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        mel, frames = self.mel, self.conv_frames
+        return Batch(
+            self.ids.to(device),
+            self.attention_mask.to(device),
+            None if mel is None else mel.to(device),
+            None if frames is None else frames.to(device),
+        )
+
 
 def encode(
     messages: Sequence[Mapping[str, Any]],

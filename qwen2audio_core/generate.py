@@ -61,7 +61,8 @@ class Generation:
         weight = model.language_model.model.embed_tokens.weight  # the head's may be codes
         self.device = device = weight.device
         self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        ids, mask = batch.ids.to(device), batch.attention_mask.to(device)
+        batch = batch.to(device)
+        ids, mask = batch.ids, batch.attention_mask
         longest = int(mask.sum(-1).max())
         left = room(longest, model.config.text.max_position_embeddings)
         self.budget = min(settings.max_new_tokens, left)
