@@ -8,6 +8,7 @@ no submodule, such as attention inside `self_attn` or the splice before the firs
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -280,8 +281,8 @@ def measure(stage: str, ours: Tensor, theirs: Tensor) -> Difference:
     wide = torch.promote_types(ours.dtype, torch.float32)
     ours, theirs = ours.to(wide), theirs.to(wide)
     largest = (ours - theirs).abs().nan_to_num(float("inf")).max().item()
-    scale = theirs.abs().max().item()
-    relative = largest / scale if scale else float("inf")
+    scale = theirs.abs().max().item()  # NaN or infinite only where the difference is infinite
+    relative = largest / scale if scale and math.isfinite(largest) else float("inf")
     return Difference(stage, largest, relative if largest else 0.0)
 
 

@@ -180,6 +180,9 @@ def test_measure() -> None:
     assert measure("x", ours, theirs).largest == 2 and measure("x", ours, theirs).relative == 0.5
     for wrong in (torch.tensor([1.0, float("nan")]), torch.ones(3)):
         assert measure("x", wrong, theirs).relative == float("inf")
+        assert measure("x", theirs, wrong).relative == float("inf")
+    endless = torch.tensor([1.0, float("inf")])
+    assert measure("x", endless, endless).relative == float("inf")
     assert measure("x", ours, torch.zeros(2)).relative == float("inf")
     assert measure("x", torch.zeros(2), torch.zeros(2)).relative == 0
 
