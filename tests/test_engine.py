@@ -6,12 +6,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import tape
 import torch
 import torch.nn.functional as F
 from tolerance import _compare
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from qwen2audio_core import chat, ops, quantize
 from qwen2audio_core.assistant import load, user_turn
@@ -258,56 +257,6 @@ def test_encoding_packed_clips_equals_the_padded_batch(assistant):
 # --- the step as a recording ----------------------------------------------------------------------
 
 
-WAITING = (torch.ops.aten._local_scalar_dense, torch.ops.aten.item, torch.ops.aten.is_nonzero)
-
-
-class Tape(TorchDispatchMode):
-    """What a CUDA graph does, on a CPU: the operations with their tensors and numbers as they were.
-
-    Replaying runs them on the same memory. A number that Python worked out stays what it was, a
-    tensor made anew in place of a static one stays the old one, and asking for a value is an error.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __enter__(self):
-        self._tolist, Tensor.tolist = Tensor.tolist, self._waits
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        Tensor.tolist = self._tolist
-        return super().__exit__(*error)
-
-    @staticmethod
-    def _waits(tensor):
-        raise AssertionError("waits for the device")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in WAITING:
-            self._waits(args)
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        self.calls.append((func, args, kwargs, result))
-        return result
-
-    def replay(self):
-        for func, args, kwargs, result in self.calls:
-            again, old = tree_flatten(func(*args, **kwargs))[0], tree_flatten(result)[0]
-            for new, known in zip(again, old, strict=True):
-                if isinstance(known, Tensor) and new.data_ptr() != known.data_ptr():
-                    known.copy_(new)
-
-
-def record_tape(step):
-    step()
-    with Tape() as tape:
-        step()
-    assert len(tape.calls) > 50
-    return tape.replay
-
-
 def plain_linear(
     x, weight, bias=None, scale=None, residual=None, swiglu=False, deterministic=False
 ):
@@ -353,7 +302,7 @@ def test_a_recorded_step_replays_as_it_runs(assistant, int8):
     pack(model)
     found = []
     with torch.inference_mode():
-        for record in (None, record_tape):
+        for record in (None, tape.record):
             slots = Slots(model, 4, 1024, kernels=PLAIN, record=record, int8_cache=int8)
             slots.step = watch(slots)
             found.append(
@@ -375,7 +324,7 @@ def test_a_recorded_step_weighs_what_it_drew(assistant):
     model = fresh()
     pack(model)
     with engine_of(assistant, max_batch=3, max_tokens=1024) as engine:
-        slots = engine.slots = Slots(model, 3, 1024, kernels=PLAIN, record=record_tape)
+        slots = engine.slots = Slots(model, 3, 1024, kernels=PLAIN, record=tape.record)
         first = engine.submit(prompts[0], GREEDY)
         engine.advance()
         short = replace(GREEDY, max_new_tokens=5)
@@ -412,7 +361,7 @@ def watch(slots):
 
 def test_recording_changes_nothing(assistant):
     model = fresh()
-    slots = Slots(model, 4, 1024, kernels=PLAIN, record=record_tape)
+    slots = Slots(model, 4, 1024, kernels=PLAIN, record=tape.record)
     prompts = mixed(assistant, 3)
     with torch.inference_mode():
         for row, prompt in enumerate(prompts):
@@ -423,7 +372,7 @@ def test_recording_changes_nothing(assistant):
         seen = slots.sampler.seen.clone()
         ended = slots.ended.clone()
         slots.ended.fill_(True)
-        record_tape(lambda: slots._step(slice(0, 4), 512, False))
+        tape.record(lambda: slots._step(slice(0, 4), 512, False))
         slots.ended.copy_(ended)
     for name in ("ids", "lengths", "written", "budget", "ends", "ended"):
         assert torch.equal(getattr(slots, name), state[name]), name
@@ -435,20 +384,24 @@ def test_the_tape_finds_what_a_graph_would_break():
 
     for waits in (lambda: x.sum().item(), lambda: x.tolist(), lambda: bool(x.any())):
         for mode in (True, False):
-            with torch.inference_mode(mode), pytest.raises(AssertionError, match="waits"), Tape():
+            with (
+                torch.inference_mode(mode),
+                pytest.raises(AssertionError, match="waits"),
+                tape.Tape(),
+            ):
                 waits()
     state = SimpleNamespace(x=torch.zeros(3), y=torch.zeros(3))
 
     def stale():
         state.y.copy_(state.x + 1)
 
-    with Tape() as tape:
+    with tape.Tape() as taped:
         stale()
     state.x = torch.ones(3)  # not the tensor that was recorded
-    tape.replay()
+    taped.replay()
     assert state.y.tolist() == [1, 1, 1]
     state.y.zero_()
-    tape.replay()
+    taped.replay()
     assert state.y.tolist() == [1, 1, 1]
 
 
