@@ -10,7 +10,7 @@ cannot read, a copy to the CPU shares no memory. All is computed by the CPU, to 
 
 cuda    what asks for a GPU by name goes the GPU's way; streams, events and pinned memory do
         nothing. Gradients are not to be had: PyTorch's autograd asks the driver for its streams
-other   any device that is neither CPU nor GPU, as "mps" is one; with gradients
+other   a device that is neither CPU nor GPU and has no float64, as "mps" is one; with gradients
 
 It stays for the whole process and reaches deep into PyTorch: begin it in a process of its own.
 """
@@ -126,10 +126,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return CPU
         return x.held if isinstance(x, There) else x
 
-    held = tree_map(
-        unwrap, (args, {**kwargs, "pin_memory": False} if "pin_memory" in kwargs else kwargs)
-    )
-    result = func(*held[0], **held[1])
+    values, options = tree_map(unwrap, (args, kwargs))
+    result = func(*values, **options)
     crosses = asked is not None and (there or here) and goes_there != bool(there)
     known = [(x.held, x) for x in there] + [(x, x) for x in here]
 
@@ -144,6 +142,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
                 return outside
         if not goes_there:
             return x
+        if _here.type == OTHER and x.dtype == torch.float64:
+            raise TypeError(f"{_here} knows no float64")
         # A view is an inference tensor only where what it looks at is one.
         plain = func.is_view and not there[0].is_inference()
         with torch.inference_mode(False) if plain else contextlib.nullcontext():
