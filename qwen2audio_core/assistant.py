@@ -27,7 +27,7 @@ from qwen2audio_core.tokenizer import TextStream, Tokenizer
 Message = dict[str, Any]
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class Reply:
     """One answer, and what it took."""
 

@@ -273,7 +273,7 @@ def split(
     too_long = f"{name} is {seconds:.1f} s long"
     if long == "error":
         raise AudioError(
-            f"{too_long}, the model hears {MAX_SECONDS} s at once: use long='split' or long='cut'"
+            f"{too_long}, the model hears {MAX_SECONDS} s at once: ask for it long 'split' or 'cut'"
         )
     if long == "split":
         bounds = [0, *_cuts(waveform), total]

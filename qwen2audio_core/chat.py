@@ -41,7 +41,7 @@ _HELP = (
 Long = Literal["split", "error", "cut"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompt:
     """One conversation, ready for the model."""
 
@@ -53,7 +53,7 @@ class Prompt:
     answers: list[tuple[int, int]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Prompts of unequal lengths, as the model's forward takes them."""
 

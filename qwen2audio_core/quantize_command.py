@@ -14,8 +14,9 @@ def quantize(
     model: Model = "tiny",
     bits: Annotated[int, typer.Option(help="Of a weight: 4, or 8 which is closer.")] = 4,
     group: Annotated[
-        int, typer.Option(help="Inputs that share a scale in 4 bits: 128, 64 or 32.")
-    ] = 128,
+        int | None,
+        typer.Option(help="Inputs that share a scale in 4 bits: 128 (default), 64 or 32."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a checkpoint anew with its language model in 8 or 4 bits a weight.
@@ -31,11 +32,14 @@ def quantize(
     from rich.progress import Progress
 
     from qwen2audio_core.assistant import find
+    from qwen2audio_core.errors import InputError
     from qwen2audio_core.info import describe, in_bytes
     from qwen2audio_core.quantize import Scheme
     from qwen2audio_core.saving import save_quantised
 
-    scheme = Scheme(bits, group)
+    if bits == 8 and group is not None:
+        raise InputError("--group is for --bits 4: in 8 bits all inputs of an output share a scale")
+    scheme = Scheme(bits, group or 128)
     source = find(model)
     console = Console(stderr=True, quiet=not sys.stderr.isatty())
     with Progress(console=console, transient=True) as progress:

@@ -337,3 +337,9 @@ def test_the_plain_parts_make_the_same_answer(assistant):
     reply = assistant.ask("What is it?", noise(), greedy=True, repetition_penalty=1.0)
     assert logits[0, -1].argmax().item() == reply.ids[0]
     assert isinstance(assistant, Assistant)
+
+
+def test_answers_can_be_looked_for(assistant):
+    """They hold tensors, which do not compare to one truth: an answer equals itself alone."""
+    one, other = (assistant.ask("What is it?", noise(), max_new_tokens=2) for _ in range(2))
+    assert [one, other].index(other) == 1 and one.prompt != other.prompt

@@ -197,6 +197,7 @@ def test_whom_it_trusts_by_default(start, tmp_path, monkeypatch):
         (["--slots", "0"], "--slots is 0"),
         (["--grace", "-1"], "--grace is -1"),
         (["--context", "-1"], "--context is -1"),
+        (["--context", "63"], "--context is 63, it must be at least 64"),
         (["--max-clips", "0"], "clips is 0"),
         (["--allow-files", "/nowhere"], "/nowhere: not a folder"),
         (["--host", "no such host"], "cannot listen at no such host"),

@@ -119,7 +119,7 @@ def serve(
     )
     for option, value, least in (
         ("--slots", slots, 1),
-        ("--context", context, 1),
+        ("--context", context, 64),  # a word in the published template takes 20 to 33
         ("--grace", grace, 0),
     ):
         if value < least:
