@@ -139,7 +139,7 @@ class Generation:
         began = time.perf_counter()
         yield
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         self.seconds[stage] += time.perf_counter() - began
 
 

@@ -11,6 +11,7 @@ CUDA graph for each number of rows and longest length. On a CPU the same functio
 that has ended is computed and changes nothing.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -452,10 +453,12 @@ class Slots:
             # Recording runs the step a few times: with every row ended, that changes nothing.
             ended = self.ended.clone()
             self.ended.fill_(True)
-            self._recorded[key] = self._record(
-                lambda: self._step(slice(0, rows), key[1], False, weigh)
-            )
-            self.ended.copy_(ended)
+            try:
+                self._recorded[key] = self._record(
+                    lambda: self._step(slice(0, rows), key[1], False, weigh)
+                )
+            finally:
+                self.ended.copy_(ended)
         self._recorded[key]()
 
     def _step(self, rows: slice, span: int, even: bool, weigh: bool = False) -> None:
@@ -612,22 +615,25 @@ def encoder_layer(layer: EncoderLayer, qkv: Projection, x: Tensor, frames: list[
     return x
 
 
+_recording = threading.Lock()  # a recording in one thread forbids what begins one in another
+
+
 def record_graph(device: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]]:
     """A recorder for `Slots`: steps become CUDA graphs that share one pool of memory."""
-    pool = torch.cuda.graph_pool_handle()
+    with torch.cuda.device(device):
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def record(step: Callable[[], None]) -> Callable[[], None]:
-        with torch.cuda.device(device):
-            # Kernels are compiled and libraries opened outside the recording, on a side stream.
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+        with _recording, torch.cuda.device(device):
+            # Kernels are compiled and libraries opened outside the recording.
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
                 for _ in range(2):
                     step()
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             # Other threads may use the GPU meanwhile, for the log-mels of the next request.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                 step()
         replay: Callable[[], None] = graph.replay
         return replay

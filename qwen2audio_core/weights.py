@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qwen2audio_core import frontend, packing, quantize, reading
+from qwen2audio_core import frontend, gpu, packing, quantize, reading
 from qwen2audio_core.config import Qwen2AudioConfig
 from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.hub import (
@@ -117,6 +117,8 @@ def load_model(
     """
     found = open_checkpoint(Path(folder), dtype)
     model, device = found.model, torch.device(device)
+    if device.type == "cuda":
+        gpu.settle()
     paths: list[str] = []
     if scheme is not None and found.scheme is None:
         paths = quantize.linear_paths(model)

@@ -46,7 +46,10 @@ else:  # what is heard does not matter
 
 @cache
 def loaded(device: str, model: str = "tiny", **options: Any) -> assistant.Assistant:
-    return assistant.load(model, device=device, dtype=torch.float32, **options)
+    made = assistant.load(model, device=device, dtype=torch.float32, **options)
+    if made.device.type == "cuda":  # gpu.py
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and not torch.backends.cudnn.allow_tf32
+    return made
 
 
 def quick() -> str:
@@ -257,7 +260,6 @@ pretended = False
 def main(device: str, names: list[str]) -> None:
     global pretended
     torch.set_num_threads(1)  # two wait for each other longer than this takes
-    torch.backends.cudnn.allow_tf32 = False
     flows: Sequence[Callable[[str], Any]] = FLOWS[device]
     if device == "pretend:cuda":
         flows = (*flows, *MISTAKES)

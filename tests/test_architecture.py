@@ -19,7 +19,7 @@ CORE, KERNELS = "qwen2audio_core", "qwen2audio_kernels"
 
 # A file or folder of the core may import those of a smaller number.
 LAYERS = {
-    **dict.fromkeys(("config", "errors", "install", "ops", "options"), 0),
+    **dict.fromkeys(("config", "errors", "gpu", "install", "ops", "options"), 0),
     **dict.fromkeys(("hub", "reading", "audio", "audio_files", "frontend"), 1),
     **dict.fromkeys(("cache", "linear", "encoder", "projector", "decoder"), 1),
     "model": 2,

@@ -331,6 +331,32 @@ def test_the_counted_memory_is_the_memory(base, tmp_path) -> None:
     assert 0.7 < counted.activations / total < 1.4, (counted.activations, total)
 
 
+def test_the_casts_that_autocast_keeps_are_counted(base, tmp_path) -> None:
+    """A matrix is multiplied in bfloat16, and what is multiplied is kept for the way back."""
+    clip = tone(tmp_path / "c.wav", 300, 1.0)
+    file = write_lines(tmp_path / "rows.jsonl", [chat_row([clip], ["Good."])])
+    chosen = settings(base, [file], tmp_path, stage="sft", bf16=True)
+    run = loop.Run(chosen, loop.parallel.start("cpu"), loop.read_rows(chosen))
+    batch, model = run.loader[0, [0]], run.trainee.model
+    shapes = {tuple(p.shape) for p in model.parameters()}
+    shapes |= {shape[::-1] for shape in shapes}
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        if tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.nbytes
+        return tensor
+
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        model(batch.ids, batch.mel, batch.conv_frames)
+    assert sum(kept.values()) == inspect.count(chosen, SHAPE)[0].casts
+    chosen.bf16 = False
+    assert inspect.count(chosen, SHAPE)[0].casts == 0
+
+
 @pytest.mark.parametrize("adapter", [None, lora.Settings(rank=2)], ids=["whole", "lora"])
 def test_the_model_that_preference_compares_with_is_counted(adapter, base, tmp_path) -> None:
     row = chat_row([], ["Good."], rejected_response="Bad.")

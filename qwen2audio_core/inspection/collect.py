@@ -330,7 +330,7 @@ class _Work:
         began = time.perf_counter()
         yield
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         self.stages.append(Stage(name, time.perf_counter() - began, self._memory()))
 
     def inside(self, first: float, last: float) -> Callable[[int, int], None]:

@@ -145,7 +145,7 @@ class Batch:
         for name in ("ids", "labels", "mel", "conv_frames", "heard"):
             tensor = getattr(self, name)
             if tensor is not None:
-                setattr(self, name, tensor.to(device, non_blocking=True))
+                setattr(self, name, tensor.to(device))
         return self
 
 

@@ -167,6 +167,7 @@ class Memory:
     """Bytes, counted and not measured. What the allocator and the libraries take comes on top."""
 
     weights: int  # frozen ones in the checkpoint's two bytes, trained ones in float32
+    casts: int  # of the trained matrices, in the bfloat16 that they are multiplied in
     reference: int  # the model as it was, which dpo compares with, float32; an adapter needs none
     gradients: int  # of what is trained, float32
     moments: int  # AdamW's two, float32
@@ -175,7 +176,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        kept = self.weights + self.reference + self.gradients + self.moments
+        kept = self.weights + self.casts + self.reference + self.gradients + self.moments
         return kept + self.activations + self.head
 
 
@@ -193,6 +194,12 @@ def count(settings: Settings, config: Qwen2AudioConfig) -> tuple[Memory, int, in
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen_bytes = 2 if settings.adapter is not None and settings.bf16 else 4
     weights = frozen_bytes * (everything - trained) + 4 * trained
+    matrices = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.ndim > 1 and "embed" not in name
+    )
+    casts = 2 * matrices if settings.bf16 else 0
     size = 2 if settings.bf16 else 4
     frames = round(50 * settings.batch_seconds)
     tokens = round(settings.batch_tokens)
@@ -214,7 +221,7 @@ def count(settings: Settings, config: Qwen2AudioConfig) -> tuple[Memory, int, in
                 activations += length * size * (2 * config.audio.num_mel_bins + 6 * width)
     head = (tokens // 8) * config.text.vocab_size * (size + 4 + 4)
     reference = 4 * everything if settings.stage == "dpo" and settings.adapter is None else 0
-    found = Memory(weights, reference, 4 * trained, 8 * trained, activations, head)
+    found = Memory(weights, casts, reference, 4 * trained, 8 * trained, activations, head)
     return found, trained, everything
 
 
@@ -244,7 +251,8 @@ def memory(settings: Settings) -> str:
     config = Qwen2AudioConfig.from_json(folder / "config.json")
     found, trained, everything = count(settings, config)
     lines = [f"trained         {trained / 1e6:,.2f} M of {everything / 1e6:,.2f} M parameters"]
-    for name in ("weights", "reference", "gradients", "moments", "activations", "head", "total"):
+    names = ("weights", "casts", "reference", "gradients", "moments", "activations", "head")
+    for name in (*names, "total"):
         if getattr(found, name):
             lines.append(f"{name:<15} {getattr(found, name) / 1e9:8.2f} GB")
     lines.append("counted for one process; the allocator's own need comes on top")

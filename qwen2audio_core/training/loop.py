@@ -467,6 +467,8 @@ class Run:
         ]
         groups = [g for g in groups if g["params"]]
         fused = self.group.world == 1
+        if self.group.device.type == "cuda":  # it takes whole tensors or pieces, but no mixture
+            fused = len({hasattr(p, "to_local") for p in self.trained}) <= 1
         return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=fused)
 
     def _describe(self, model: Qwen2Audio) -> None:

@@ -5,6 +5,7 @@ divided by one count of the whole step, so that every token (or every row, see `
 the same wherever it lies.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -90,7 +91,7 @@ def attended(q: Tensor, k: Tensor, heard: Tensor) -> Tensor:
 
     q, k   (B, T, H, C)  queries and keys, rotated, of the heads that are guided
     heard  (P, 4)  row, position of the token, which the position before predicts, and the first
-           and the last + 1 of the keys where it is said
+           and the last + 1 of the keys where it is said; the tokens of a row together
     returns ()
     After Tachibana et al., arXiv 1710.08969, which guides by a diagonal instead of known times.
     """
@@ -98,8 +99,9 @@ def attended(q: Tensor, k: Tensor, heard: Tensor) -> Tensor:
     keys = torch.arange(k.shape[1], device=k.device)
     total = q.new_zeros((), dtype=kind)
     with torch.autocast(q.device.type, enabled=False):  # which would round the products
-        for row in heard[:, 0].unique():
-            _, position, low, high = heard[heard[:, 0] == row].unbind(1)
+        counts = Counter(heard[:, 0].tolist())
+        for row, those in zip(counts, heard.split(list(counts.values())), strict=True):
+            _, position, low, high = those.unbind(1)
             query = q[row, position - 1].to(kind) * q.shape[-1] ** -0.5  # (P, H, C)
             scores = torch.einsum("phc,shc->phs", query, k[row].to(kind))
             scores = scores.masked_fill((keys >= position[:, None])[:, None], float("-inf"))
@@ -120,5 +122,8 @@ def ctc(logits: Tensor, frames: Tensor, targets: Tensor, lengths: Tensor) -> Ten
     Graves et al., ICML 2006.
     """
     log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # (T, n, K)
+    if log_probs.device.type == "mps":  # which PyTorch has no such loss for
+        log_probs, targets = log_probs.cpu(), targets.cpu()
+        frames, lengths = frames.cpu(), lengths.cpu()
     each = F.ctc_loss(log_probs, targets, frames, lengths, reduction="none", zero_infinity=True)
-    return (each / lengths.clamp(min=1)).sum()
+    return (each / lengths.clamp(min=1)).sum().to(logits.device)

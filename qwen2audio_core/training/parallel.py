@@ -7,6 +7,7 @@ every process, and their gradients are averaged by hand.
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -60,10 +61,12 @@ def start(device: str | None) -> Group:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r}: {str(error).splitlines()[0]}") from error
+    if place.type == "cuda" and place.index is not None:
+        torch.cuda.set_device(place)  # where PyTorch saves, counts and waits if nothing is named
     if world > 1 and not dist.is_initialized():
-        if place.type == "cuda":
-            torch.cuda.set_device(place)
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        # NCCL's own limit is ten minutes, in which not every disk takes the whole model.
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
     return Group(rank, world, place)
 
 
@@ -98,20 +101,17 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, group: Grou
     given = [p for p in parameters if p.grad is not None]
     if group.world == 1:
         return float(nn.utils.clip_grad_norm_(given, limit))
-    spread_out, whole = 0.0, 0.0
-    local: list[Tensor] = []
+    local: list[Tensor] = []  # each gradient, or this process's piece of it
+    squares: dict[bool, list[Tensor]] = {True: [], False: []}  # of the pieces, of the whole ones
     for parameter in given:
         gradient = parameter.grad
         assert gradient is not None
         piece = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-        square = float(piece.float().square().sum())
-        if piece is gradient:
-            whole += square
-        else:
-            spread_out += square
+        squares[piece is not gradient].append(piece.float().square().sum())
         local.append(piece)
-    (spread_out,) = group.total([spread_out])
-    norm = (spread_out + whole) ** 0.5
+    # Together, as to ask for each would wait for the device at each.
+    pieces, wholes = (float(torch.stack(s).sum()) if s else 0.0 for s in squares.values())
+    norm = (group.total([pieces])[0] + wholes) ** 0.5
     if norm > limit:
         for piece in local:
             piece.mul_(limit / (norm + 1e-6))
