@@ -129,7 +129,9 @@ def _attend(
     return acc, total, top
 
 
-@triton.jit
+# Where it is not told not to, Triton compiles anew for a length of 1 and for multiples of 16: a
+# server would stop at the first prompt of each kind. (The backward kernels spill without the hint.)
+@triton.jit(do_not_specialize=["T", "S", "rows"])
 def attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr,
     cu_ptr, key_start_ptr, key_end_ptr,

@@ -62,7 +62,7 @@ def _rotate(
     tl.store(target + half, (second * cos + first * sin).to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["times"])  # as in attention.py
 def rope_kernel(
     q_ptr,  # (B, T, H, C), strided
     k_ptr,  # (B, T, G, C), strided
