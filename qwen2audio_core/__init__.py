@@ -3,7 +3,7 @@
 load              a checkpoint by hub id, folder or "tiny", as an Assistant
 Assistant, Chat   ask, stream, hold a conversation, run a batch
 Qwen2Audio        the model; Qwen2AudioConfig is its shape
-generate          encoded prompts to answers; Settings says how they are drawn
+Settings          how answers are drawn; generate.generate takes it, and encoded prompts
 Tokenizer         text to ids and back
 InputError        what a person got wrong, in one line
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from qwen2audio_core.assistant import load as load
     from qwen2audio_core.config import Qwen2AudioConfig as Qwen2AudioConfig
     from qwen2audio_core.errors import InputError as InputError
-    from qwen2audio_core.generate import generate as generate
     from qwen2audio_core.model import Qwen2Audio as Qwen2Audio
     from qwen2audio_core.sampling import Settings as Settings
     from qwen2audio_core.tokenizer import Tokenizer as Tokenizer
@@ -32,7 +31,6 @@ _HOME = {
     "load": "assistant",
     "Qwen2AudioConfig": "config",
     "InputError": "errors",
-    "generate": "generate",
     "Qwen2Audio": "model",
     "Settings": "sampling",
     "Tokenizer": "tokenizer",

@@ -4,7 +4,7 @@ Everything here is put together from the parts below it. People who change the m
 
     prompt = chat.encode(messages, tokenizer)      turns and clips to ids
     batch = chat.collate([prompt], pad_id, device=device)  ids and log-mels, padded
-    logits = model(batch.ids, batch.mel, batch.conv_frames)
+    logits = model(batch.ids, batch.mel, batch.conv_frames, batch.attention_mask)
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -97,9 +97,12 @@ class Stream:
 class StopWriter:
     """Ids of one answer to text that is safe to show: whole characters, no stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str]):
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] | None):
         self.stopped = False
-        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        several = [stop] if isinstance(stop, str) else stop or []
+        if not isinstance(several, Sequence) or not all(isinstance(one, str) for one in several):
+            raise InputError(f"stop is {stop!r:.60}, it must be a string or several")
+        self._stop = tuple(several)
         if not all(self._stop):
             raise InputError("a stop string is empty: it would end every answer at once")
         self._text = TextStream(tokenizer)
@@ -248,7 +251,7 @@ class Assistant:
         prompts: Sequence[Prompt],
         answers: int = 1,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         logprobs: int | None = None,
         **changes: Any,
     ) -> Stream:
@@ -336,6 +339,8 @@ def load(
     quantize  "int8" or "int4": the language model in so many bits a weight, made while it is read;
             or a quantize.Scheme. A folder that is quantised already needs no word
     """
+    if not isinstance(dtype, torch.dtype | None):
+        raise InputError(f"dtype is {dtype!r:.40}, it must be one of PyTorch's: torch.bfloat16")
     folder = find(model)
     scheme = pick_scheme(quantize)
     place = pick_device(device)
@@ -451,6 +456,8 @@ def user_turn(text: str | None, audio: Any = None) -> Message:
         if hasattr(clip, "read"):  # it can be read once, a conversation is read at every turn
             clip = clip.read()
         if isinstance(clip, tuple):
+            if len(clip) != 2 or isinstance(clip[1], (str, bytes, Path)):
+                raise InputError("a clip in a tuple is (samples, rate); put several into a list")
             source, rate = clip
             items.append({"type": "audio", "audio": source, "sampling_rate": rate})
         else:

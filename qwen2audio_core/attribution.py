@@ -1,6 +1,6 @@
 """Which part of the sound did it listen to? Three answers, for chosen tokens of an answer.
 
-    batch = answered(prompt, reply.ids, assistant)
+    batch = answered(prompt, reply.ids, model)
     found = occlusion(model, batch, tokens)        tokens: positions in batch.ids, layout["answer"]
     found.weights[0], found.peak(0)                a weight for each 40 ms; the second it points to
 

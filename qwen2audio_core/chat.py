@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qwen2audio_core import audio, audio_files
@@ -30,6 +31,8 @@ from qwen2audio_core.tokenizer import Tokenizer
 DEFAULT_SYSTEM = "You are a helpful assistant."
 ROLES = ("system", "user", "assistant")
 AUDIO, AUDIO_BOS, AUDIO_EOS = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
+
+LOUDEST = 8.0  # beyond full scale is clipping; far beyond it are integers that were not divided
 
 _SOURCES = ("audio", "audio_url", "path", "url", "input_audio")
 _TYPES = ("text", "audio", "audio_url", "input_audio")
@@ -257,9 +260,8 @@ def collate(
     mel = conv_frames = None
     if clips:
         mels = [log_mel(clip.to(device), num_mel_bins) for clip in clips]
-        mel = mels[0].new_zeros(len(mels), num_mel_bins, max(m.shape[1] for m in mels))
-        for row, one in zip(mel, mels, strict=True):
-            row[:, : one.shape[1]] = one
+        most = max(one.shape[1] for one in mels)
+        mel = torch.stack([F.pad(one, (0, most - one.shape[1])) for one in mels])
         frames = [clip_lengths(clip.shape[0]).conv_frames for clip in clips]
         conv_frames = torch.tensor(frames, device=device)
     return Batch(
@@ -365,11 +367,17 @@ def _item(item: Any, where: str) -> _Text | _Clip:
                 f"{where}: a text item must hold a string and nothing else, found {wrong}"
             )
         return _Text(value, where)
+    if isinstance(value, Mapping) and key in ("audio", "path") and "array" in value:
+        rate = value.get("sampling_rate") if rate is None else rate
     return _Clip(_source(key, value, where), rate, where)
 
 
 def _source(key: str, value: Any, where: str) -> Any:
-    """What audio.load reads, out of the two dictionaries of OpenAI's interface."""
+    """What audio.load reads, out of the dictionaries of OpenAI's interface and of `datasets`."""
+    if isinstance(value, Mapping) and key in ("audio", "path"):
+        for inner in ("array", "bytes", "path"):  # a column of clips, read or not
+            if value.get(inner) is not None:
+                return value[inner]
     if not isinstance(value, Mapping):
         if key == "input_audio":
             raise PromptError(f'{where}: input_audio must be {{"data": base64, "format": ...}}')
@@ -410,6 +418,11 @@ def _load(
     ):
         rate = default_rate
     waveform = audio.load(source, sampling_rate=rate, resampler=resampler, name=name)
+    peak = float(waveform.detach().abs().max()) if len(waveform) else 0.0
+    if peak > LOUDEST:
+        notices.append(
+            f"{name}: its samples reach {peak:,.0f}, and 1 is full scale: divide what was integers"
+        )
     return [
         piece.waveform for piece in audio.split(waveform, long, name=name, notice=notices.append)
     ]

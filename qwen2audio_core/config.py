@@ -170,6 +170,11 @@ class Qwen2AudioConfig:
         for name, whole, part in pairs:
             if whole % part:
                 raise CheckpointError(f"{where}: {name} {whole} is not a multiple of {part}")
+        if self.audio.max_source_positions < AudioConfig.max_source_positions:
+            raise CheckpointError(
+                f"{where}: audio_config.max_source_positions is {self.audio.max_source_positions},"
+                f" and a clip of 30 s has {AudioConfig.max_source_positions} frames"
+            )
         if self.text.head_dim % 2:
             raise CheckpointError(
                 f"{where}: {self.text.head_dim} channels per head, expected an even number"

@@ -36,7 +36,7 @@ from qwen2audio_core.generate import Answer
 from qwen2audio_core.model import Qwen2Audio, check_places
 from qwen2audio_core.packing import pack, pack_codes
 from qwen2audio_core.prefix_cache import WORTH, Beginning, PrefixCache, digest, runs
-from qwen2audio_core.sampling import Likelihood, Settings
+from qwen2audio_core.sampling import Likelihood, Settings, check_seed
 from qwen2audio_core.slots import MAX_ENDS, MAX_TOP, Job, Slots, record_graph
 
 OnToken = Callable[[int], bool | None]
@@ -335,6 +335,7 @@ class Engine:
         if len(settings.eos_token_ids) > MAX_ENDS:
             count = len(settings.eos_token_ids)
             raise InputError(f"{count} end tokens were given, the engine takes up to {MAX_ENDS}")
+        seed = check_seed(seed)
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         return Job(0, ids, prompt.clips, settings, budget, seed), clips

@@ -29,7 +29,11 @@ SECONDS_PER_TOKEN = 4 * HOP_LENGTH / SAMPLE_RATE  # 0.04
 
 
 class ClipLengths(NamedTuple):
-    """How long one clip is at each stage. Prompt, encoder and splice all read it here."""
+    """How long one clip is at each stage.
+
+    To pool differently change clip_lengths, encoder.forward, model.embed, slots.encode and
+    attribution.py together: model and engine refuse clips whose rows are not as many as its places.
+    """
 
     mel_frames: int  # frames whose first sample belongs to the clip
     conv_frames: int  # frames the encoder's attention sees

@@ -11,7 +11,7 @@ from qwen2audio_core.cache import KVCache
 from qwen2audio_core.chat import Batch, room
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.model import Qwen2Audio
-from qwen2audio_core.sampling import Likelihood, Settings, choose, log_probabilities
+from qwen2audio_core.sampling import Likelihood, Settings, check_seed, choose, log_probabilities
 
 
 @dataclass
@@ -50,8 +50,7 @@ class Generation:
     ):
         if answers < 1:
             raise InputError(f"answers is {answers}, it must be at least 1")
-        if seed is not None and not 0 <= seed < 2**63:
-            raise InputError(f"seed is {seed}, it must be 0 to {2**63 - 1}")
+        seed = check_seed(seed)
         words = model.config.text.vocab_size
         if logprobs is not None and not 0 <= logprobs <= words:
             raise InputError(f"logprobs is {logprobs}, it must be 0 to {words}")

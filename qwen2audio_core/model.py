@@ -157,6 +157,8 @@ def read_mask(x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor 
             f"attention_mask is {tuple(attention_mask.shape)}, the ids are {tuple(x.shape[:2])}"
         )
     real = attention_mask.to(x.device) != 0
+    if not bool(real.any(-1).all()):
+        raise ValueError("attention_mask has a row of padding alone: 1 is a token, 0 is padding")
     start = real.int().argmax(-1)  # (B,)
     end = start + real.sum(-1)
     if not bool((real == (columns >= start[:, None]) & (columns < end[:, None])).all()):

@@ -233,6 +233,11 @@ class WatchedAttention:
             change,
         ]
         self.plain: Callable[..., Tensor] = held.plain if watched else held
+        if not ops.is_attention(self.plain):
+            raise InputError(
+                "the weights of an attention function of your own cannot be seen: those of"
+                " ops.attention would be shown, and run, in its place"
+            )
         self.running = False
 
     def enter(self, module: nn.Module, args: Any) -> None:

@@ -26,7 +26,7 @@ from qwen2audio_core.points import TABLE as TABLE
 from qwen2audio_core.points import Change, Point, points, watched
 from qwen2audio_core.points import names as names
 
-Positions = slice | Sequence[int] | None
+Positions = slice | Sequence[int] | Sequence[bool] | Tensor | int | None
 
 _UNSEEN = (
     "no tensor passed {}: call the model, generate() or ask() inside the block. The Engine, and"
@@ -108,8 +108,9 @@ def record(
     """Keep what passes at the named points, and nothing else.
 
     patterns    names as above, one or several
-    positions   of the sequence to keep, counted from the conversation's first token also while a
-                cache is in use: a slice or a list; None for all. (Of the audio tower: frames.)
+    positions   of the sequence to keep, counted from the batch's first column, padding included,
+                also while a cache is in use: a slice, a list of numbers or a mask of bools; None
+                for all. (Of the audio tower: frames.)
     all_calls   keep every call's tensor, such as every token's while generating, in `seen.calls`
     device      where to keep it, None for where it is; dtype likewise
     detach      False keeps the graph, for gradients; else copies, which nothing changes any more
@@ -175,6 +176,12 @@ def _columns(positions: Positions, length: int, start: int, device: torch.device
     """Which of a call's `length` positions, of which the first is number `start`, are named."""
     if positions is None:
         return torch.arange(length, device=device)
+    if isinstance(positions, Tensor):
+        positions = positions.tolist()
+    if isinstance(positions, int):
+        positions = [positions]
+    if not isinstance(positions, slice) and positions and isinstance(positions[0], bool):
+        positions = [number for number, named in enumerate(positions) if named]
     if isinstance(positions, slice):
         # What lies behind the call has an end of its own: -1 is the last one of this call.
         named = range(*positions.indices(start + length))

@@ -1,6 +1,8 @@
 """Logits to the next token: pure functions, applied in the published order."""
 
+import numbers
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,9 +46,20 @@ class Settings:
         }
         for name, (kind, least, most, expected) in bounds.items():
             value = getattr(self, name)
-            number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            # NumPy's numbers count as well.
+            wanted = numbers.Integral if kind is int else numbers.Real
+            number = isinstance(value, wanted) and not isinstance(value, bool)
             if not number or not least <= value <= most:
                 raise InputError(f"{name} is {value!r}, it must be {expected}")
+
+
+def check_seed(seed: Any) -> int | None:
+    """A seed as a plain int; InputError for what PyTorch's generators do not take."""
+    if seed is None:
+        return None
+    if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < 2**63:
+        raise InputError(f"seed is {seed!r:.40}, it must be a whole number of 0 to {2**63 - 1}")
+    return int(seed)
 
 
 @dataclass(frozen=True)

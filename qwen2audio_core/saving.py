@@ -19,7 +19,15 @@ from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.hub import INDEX, PATTERNS, SIDE_FILES, WEIGHTS, inside
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.quantize import Scheme
-from qwen2audio_core.weights import CODES, DTYPES, few, open_checkpoint, plain, quantised
+from qwen2audio_core.weights import (
+    CODES,
+    DTYPES,
+    few,
+    open_checkpoint,
+    plain,
+    quantised,
+    without_storage,
+)
 
 _NAMES = {dtype: name for name, dtype in (DTYPES | CODES).items()}
 
@@ -42,8 +50,16 @@ def save_model(
     companions  a checkpoint's folder to copy the tokenizer and the small settings from
     errors      CheckpointError, and then nothing is left at `folder` but what was there before
     """
+    if not isinstance(dtype, torch.dtype | None):
+        raise InputError(f"dtype is {dtype!r:.40}, it must be one of PyTorch's: torch.bfloat16")
     state = model.state_dict()
     codes = quantize.code_names(model)
+    names = {re.sub(r"\.(qweight|scales)$", ".weight", name) for name in state}
+    if other := sorted(names ^ without_storage(model.config).state_dict().keys()):
+        raise CheckpointError(
+            f"{folder}: with {other[0]!r} the model is not what its config says, and could not be"
+            " loaded again: merge adapters first, or keep it with torch.save(model.state_dict())"
+        )
     kinds = {plain(tensor.dtype) for name, tensor in state.items() if name not in codes}
     if dtype is None and len(kinds) != 1:
         raise CheckpointError(

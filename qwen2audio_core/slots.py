@@ -20,13 +20,13 @@ from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen2audio_core import ops
 from qwen2audio_core.config import TextConfig
-from qwen2audio_core.decoder import DecoderLayer
-from qwen2audio_core.encoder import EncoderLayer
-from qwen2audio_core.errors import CheckpointError
+from qwen2audio_core.decoder import MLP, Attention, Decoder, DecoderLayer
+from qwen2audio_core.encoder import AudioEncoder, EncoderAttention, EncoderLayer
+from qwen2audio_core.errors import CheckpointError, InputError, PromptError
 from qwen2audio_core.frontend import clip_lengths, log_mel
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.packing import Projection, projection
@@ -274,6 +274,7 @@ class Slots:
         deterministic: bool = False,
         record: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
     ):
+        refuse_changed(model)
         text = model.config.text
         self.model = model
         self.trunk = model.language_model.model
@@ -571,6 +572,9 @@ class Slots:
         if not clips:
             return
         rows = self.encode(clips)  # (sum of K, D)
+        needed = sum(clip_lengths(len(clip)).audio_tokens for clip in clips)
+        if len(rows) != needed:
+            raise PromptError(f"the clips need {len(rows)} audio tokens, the prompts hold {needed}")
         at = used = 0
         for job in jobs:
             places = [i for i, token in enumerate(job.ids[job.start :]) if token == audio_id]
@@ -599,6 +603,34 @@ class Slots:
         ]
         rows = self.model.multi_modal_projector(tower.layer_norm(torch.cat(pooled, dim=1)))
         return rows[0].to(self.trunk.embed_tokens.weight.dtype)
+
+
+def refuse_changed(model: Qwen2Audio) -> None:
+    """Raise InputError for what the engine would pass over.
+
+    It runs what these modules' own `forward` does, without calling it, and its step has an
+    attention of its own. Norms, projections, convolutions and the other op slots it calls.
+    """
+    trunk, tower = model.language_model.model, model.audio_tower
+    known: list[tuple[Any, type[nn.Module]]]
+    known = [(model, Qwen2Audio), (trunk, Decoder), (tower, AudioEncoder)]
+    for layer in cast(list[DecoderLayer], list(trunk.layers)):
+        known += [(layer, DecoderLayer), (layer.self_attn, Attention), (layer.mlp, MLP)]
+    for block in cast(list[EncoderLayer], list(tower.layers)):
+        known += [(block, EncoderLayer), (block.self_attn, EncoderAttention)]
+    for module, kind in known:
+        if "forward" in vars(module) or getattr(type(module), "forward", None) is not kind.forward:
+            raise InputError(
+                f"the engine does not call {type(module).__name__}.forward, which is not"
+                f" {kind.__name__}'s: answer with generate.py, or change slots.py too"
+            )
+        if kind is Attention:
+            op = getattr(module.attention_op, "plain", module.attention_op)  # watched by a probe
+            if not ops.is_attention(op):
+                raise InputError(
+                    "the engine's step has an attention of its own and would pass over yours:"
+                    " answer with generate.py, or change slots.py too"
+                )
 
 
 def encoder_layer(layer: EncoderLayer, qkv: Projection, x: Tensor, frames: list[int]) -> Tensor:

@@ -710,3 +710,35 @@ def test_collate_on_a_gpu(small):
     } == {"cuda"}
     assert torch.equal(there.ids.cpu(), here.ids)
     assert (there.mel.cpu() - here.mel).abs().max() <= 2e-5
+
+
+def test_clips_as_datasets_gives_them(small, tmp_path):
+    path = tmp_path / "a.wav"
+    data = wav_bytes(8000, path)
+    samples = np.frombuffer(data[-16000:], np.int16)
+    expected = encode([user({"audio": path})], small)
+    for held in (
+        {"array": samples, "sampling_rate": 16000, "path": None},
+        {"bytes": data, "path": None},
+        {"bytes": None, "path": str(path)},
+    ):
+        for item in ({"audio": held}, {"type": "audio", "audio": held}):
+            prompt = encode([user(item)], small)
+            assert prompt.ids == expected.ids and torch.equal(prompt.clips[0], expected.clips[0])
+    with pytest.raises(AudioError, match="sampling_rate"):
+        encode([user({"audio": {"array": samples}})], small)
+
+
+def test_samples_far_beyond_full_scale_are_told(small):
+    loud = noise(8000) * 32767
+    (told,) = encode16([user({"audio": loud})], small).notices
+    assert "1 is full scale" in told and "messages[0].content[0]" in told
+    assert not encode16([user({"audio": noise(8000) * 7})], small).notices
+
+
+def test_a_gradient_reaches_the_samples(small):
+    pytest.importorskip("torchaudio")
+    clips = [torch.from_numpy(noise(n)).requires_grad_() for n in (8000, 5000)]
+    prompt = encode16([user(*({"audio": c} for c in clips))], small, resampler="torchaudio")
+    collate([prompt], 0).mel.sum().backward()
+    assert all(clip.grad.abs().sum() > 0 for clip in clips)

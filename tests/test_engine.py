@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tolerance import _compare
 from torch import Tensor
 
-from qwen2audio_core import chat, ops, quantize
+from qwen2audio_core import backends, chat, ops, quantize
 from qwen2audio_core.assistant import load, user_turn
 from qwen2audio_core.engine import Engine
 from qwen2audio_core.errors import CheckpointError, InputError, PromptError
@@ -1180,3 +1180,69 @@ def test_graphs_are_batch_invariant(assistant, dtype):
 def run_to_end_ids(slots, jobs):
     slots.step = watch(slots)
     return run_to_end(slots, jobs)
+
+
+# --- models that were changed ---------------------------------------------------------------------
+
+
+def own_forward(module):
+    """A module of the same weights whose forward is another."""
+    kind = type(module)
+
+    class Changed(kind):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    module.__class__ = Changed
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda m: m,
+        lambda m: m.language_model.model,
+        lambda m: m.language_model.model.layers[1],
+        lambda m: m.language_model.model.layers[0].self_attn,
+        lambda m: m.language_model.model.layers[1].mlp,
+        lambda m: m.audio_tower,
+        lambda m: m.audio_tower.layers[0],
+        lambda m: m.audio_tower.layers[1].self_attn,
+    ],
+)
+def test_a_forward_that_would_be_passed_over_is_refused(part):
+    model = fresh()
+    own_forward(part(model))
+    with pytest.raises(InputError, match=r"does not call Changed.forward, which is not \w+'s"):
+        Engine(model, worker=False)
+
+
+def test_an_attention_that_would_be_passed_over_is_refused(assistant):
+    model = fresh()
+
+    def mine(q, k, v, causal=False, key_start=None, key_end=None):
+        return ops.attention(q, k, v, causal, key_start, key_end) * 2
+
+    own = backends.use(model, attention=mine, layers="language_model.model.layers.1")
+    with own, pytest.raises(InputError, match="attention of its own"):
+        Engine(model, worker=False)
+    prompt = mixed(assistant, 3)[2]
+    for choice in ({"attention": "eager"}, {"attention": mine, "layers": "audio_tower"}):
+        with backends.use(model, **choice), Engine(model, worker=False) as engine:  # it calls these
+            ids = engine.submit(prompt, GREEDY).result().ids
+        with backends.use(model, **choice):
+            assert ids == generate(model, chat.collate([prompt], 0), GREEDY)[0].ids
+    model.language_model.model.layers[0].mlp = torch.nn.Identity()
+    with pytest.raises(InputError, match=r"Identity\.forward"):
+        Engine(model, worker=False)
+
+
+def test_clips_that_pool_to_another_length_are_an_error(assistant, monkeypatch):
+    """Not the rows of the first part of a clip."""
+    model = fresh()
+    prompt = next(one for one in mixed(assistant, 9) if one.clips)
+    monkeypatch.setattr("qwen2audio_core.slots.F.avg_pool1d", lambda x, **_: x)
+    with (
+        Engine(model, worker=False) as engine,
+        pytest.raises(PromptError, match="the clips need"),
+    ):
+        engine.submit(prompt, GREEDY).result()

@@ -3,7 +3,9 @@
 import subprocess
 import sys
 import warnings
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -343,3 +345,38 @@ def test_answers_can_be_looked_for(assistant):
     """They hold tensors, which do not compare to one truth: an answer equals itself alone."""
     one, other = (assistant.ask("What is it?", noise(), max_new_tokens=2) for _ in range(2))
     assert [one, other].index(other) == 1 and one.prompt != other.prompt
+
+
+def test_numbers_of_numpy_are_numbers(assistant):
+    ask = partial(assistant.ask, "What is it?", noise(), temperature=1.0)
+    plain = ask(seed=5, max_new_tokens=4, top_k=50)
+    other = ask(seed=np.int64(5), max_new_tokens=np.int32(4), top_k=np.uint8(50))
+    assert plain.ids == other.ids
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"stop": 5}, "stop is 5"),
+        ({"stop": ["a", 5]}, "stop is "),
+        ({"audio": ("a.wav", "b.wav")}, "put several into a list"),
+        ({"audio": (np.zeros(9), 16000, 1)}, "put several into a list"),
+        ({"audio": ()}, "put several into a list"),
+    ],
+    ids=str,
+)
+def test_options_of_another_kind_are_one_line(assistant, options, message):
+    with pytest.raises(InputError, match=message):
+        assistant.ask("What?", **options)
+
+
+def test_a_dtype_by_name_is_one_line():
+    with pytest.raises(InputError, match="dtype is 'float32', it must be one of PyTorch's"):
+        load("random", dtype="float32")
+
+
+def test_no_stop_string(assistant):
+    assert assistant.ask("What?", stop=None, max_new_tokens=2).ids

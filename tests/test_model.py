@@ -196,6 +196,14 @@ def test_audio_tokens_without_a_clip(model):
 # --- masks, dtypes, training ----------------------------------------------------------------------
 
 
+def test_a_mask_of_the_other_sense_is_an_error(model):
+    """True for padding, or minus infinity there, as other interfaces have it."""
+    ids, mel, frames, mask = collate(ROWS)
+    for wrong in (mask == 0, torch.where(mask > 0, 0.0, -float("inf")), torch.zeros_like(mask)):
+        with pytest.raises(ValueError, match="1 is a token, 0 is padding"):
+            model(ids, mel, frames, wrong)
+
+
 def test_a_mask_with_a_hole_is_an_error(model):
     ids = torch.tensor([[1, 2, 3, 4]])
     with pytest.raises(ValueError, match="has a hole"):

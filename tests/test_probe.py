@@ -537,3 +537,28 @@ def test_a_compiled_model_cannot_be_looked_into(model):
         probe.record(torch.compile(model), "blocks.0.hook_mlp_out"),
     ):
         pass
+
+
+def test_positions_as_a_mask_or_a_number(model, batch):
+    name = "blocks.0.hook_resid_pre"
+    named = batch.ids[0] == batch.ids[0, 2]
+    numbers = named.nonzero()[:, 0].tolist()
+    _, expected = probe.run_with_cache(model, batch, name, positions=numbers)
+    for mask in (named, named.tolist(), torch.tensor(numbers)):
+        _, found = probe.run_with_cache(model, batch, name, positions=mask)
+        assert torch.equal(found[name], expected[name])
+    _, last = probe.run_with_cache(model, batch, name, positions=-1)
+    _, listed = probe.run_with_cache(model, batch, name, positions=[-1])
+    assert torch.equal(last[name], listed[name])
+
+
+def test_weights_of_an_attention_of_your_own_are_not_invented(model, batch):
+    def mine(q, k, v, causal=False, key_start=None, key_end=None):
+        return ops.attention(q, k, v, causal, key_start, key_end) * 2
+
+    with (
+        backends.use(model, attention=mine),
+        pytest.raises(InputError, match="of your own"),
+        probe.attention_maps(model),
+    ):
+        pass

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from qwen2audio_core import hub, saving, tiny, weights
 from qwen2audio_core.assistant import load
 from qwen2audio_core.config import AudioConfig, Qwen2AudioConfig, TextConfig
-from qwen2audio_core.errors import CheckpointError
+from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.sampling import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -633,6 +633,25 @@ def test_a_checkpoint_may_replace_the_one_its_model_is_mapped_from(small):
     assert (small / "vocab.json").exists()
 
 
+def test_a_model_that_could_not_be_loaded_again_is_not_saved(made, tmp_path):
+    model = weights.load_model(made)
+    linear = model.multi_modal_projector.linear
+    model.multi_modal_projector.linear = torch.nn.Sequential(linear, torch.nn.GELU())
+    with pytest.raises(CheckpointError, match=r"'multi_modal_projector\.linear\.0\.bias'"):
+        saving.save_model(model, tmp_path / "out")
+    model.multi_modal_projector.linear = linear
+    with pytest.raises(InputError, match="dtype is 'float16'"):
+        saving.save_model(model, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_positions_for_a_clip_are_refused(small):
+    raw = json.loads((small / "config.json").read_text())
+    short = {"audio_config": raw["audio_config"] | {"max_source_positions": 500}}
+    edit_json(small / "config.json", **short)
+    refused(small, "max_source_positions is 500", "1500 frames")
+
+
 def test_a_model_of_mixed_dtypes_is_not_saved(made, tmp_path):
     model = weights.load_model(made)
     model.audio_tower.bfloat16()
@@ -644,7 +663,7 @@ def test_a_model_of_mixed_dtypes_is_not_saved(made, tmp_path):
 FULL_DISK = """
 import resource, signal, sys
 from qwen2audio_core import saving, weights
-from qwen2audio_core.errors import CheckpointError
+from qwen2audio_core.errors import CheckpointError, InputError
 model = weights.load_model(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

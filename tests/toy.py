@@ -32,7 +32,6 @@ CONFIG = Qwen2AudioConfig(
         encoder_attention_heads=2,
         encoder_ffn_dim=96,
         num_mel_bins=32,
-        max_source_positions=200,
     ),
     TextConfig(
         hidden_size=64,
