@@ -88,6 +88,8 @@ def use(
     functions: dict[str, Op] = {}
     reason = ""
     automatic = every == "auto"
+    if every not in (None, "auto", "torch", "triton"):
+        raise InputError(f"there is no backend {every!r} for every op: 'torch', 'triton' or 'auto'")
     if automatic:
         kernels, reason = find_kernels()
         every = "torch" if kernels is None else "triton"
@@ -124,13 +126,18 @@ def _why_not_packed(model: nn.Module) -> str:
 
 def _function(op: str, wanted: str | Op, model: nn.Module) -> Op:
     if not isinstance(wanted, str):
+        if not callable(wanted) or isinstance(wanted, nn.Module):
+            raise InputError(
+                f"{op} is a {type(wanted).__name__}, it must be a backend's name or a function"
+                " (of a module its `forward`)"
+            )
         return wanted
     if wanted == "packed" and op == "linear" and (reason := _why_not_packed(model)):
         raise InputError(f"packed weights cannot be used: {reason}")
     if wanted in PLAIN[op]:
         return PLAIN[op][wanted]
     if wanted != "triton":
-        known = [*PLAIN[op], "triton", "auto"]
+        known = [*PLAIN[op], "triton"]
         raise InputError(f"{op} has no backend {wanted!r}, choose {', '.join(known)} or a function")
     function: Op = getattr(triton_kernels(), op)
     return function

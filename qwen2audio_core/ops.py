@@ -1,7 +1,8 @@
 """The mathematics of the model as plain functions: what every kernel is tested against.
 
-Each function here fills an op slot of the modules (an attribute whose name ends in `_op`). A faster
-version has the same name and signature in qwen2audio_kernels and is put in with `backends.use`.
+Most functions here fill an op slot of the modules (an attribute whose name ends in `_op`); the rest
+are their parts, and what kernels fuse. A faster version has the same name and signature in
+qwen2audio_kernels and is put in with `backends.use`.
 """
 
 from itertools import pairwise

@@ -36,6 +36,8 @@ def integers(*values: int) -> Tensor:
         (1, 129, 1, 1, 64, True),
         (40, 21, 1, 1, 64, True),  # the first queries see no key
         (70, 65, 1, 1, 80, False),  # channels that are no power of two
+        (40, 40, 4, 2, 64, True),  # groups of heads, several of them
+        (128, 129, 1, 1, 32, True),  # whole blocks of queries, the last key in a block of its own
     ],
 )
 def test_attention(
@@ -112,6 +114,18 @@ def test_strided_views(view) -> None:
         lambda q, k, v: ops.attention(view(q), view(k), view(v), causal=True),
         torch.float32,
         inputs,
+    )
+
+
+def test_each_input_has_strides_of_its_own() -> None:
+    def views(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return q, k.transpose(1, 2).contiguous().transpose(1, 2), torch.cat((v, v), -1)[..., :32]
+
+    three_way(
+        lambda q, k, v: kernels.attention(*views(q, k, v), causal=True),
+        lambda q, k, v: ops.attention(*views(q, k, v), causal=True),
+        torch.float32,
+        {name: draw(2, 40, 4, 32, seed=seed) for seed, name in enumerate("qkv")},
     )
 
 

@@ -93,6 +93,34 @@ def test_int8_cache(dtype: torch.dtype) -> None:
     )
 
 
+def test_scores_that_rise_along_the_keys() -> None:
+    """Every part and every block in it has a new maximum: what was summed is scaled down."""
+    tensors = inputs(1, 2300, 1, 1, 32)
+    tensors["q"] = torch.ones_like(tensors["q"])
+    tensors["k_cache"][..., 0] = torch.linspace(-50, 50, 2300, device=DEVICE)[:, None]
+    three_way(
+        lambda **tensors: kernels.decode_attention(**tensors, lengths=integers(2300)),
+        lambda **tensors: plain(**tensors, lengths=integers(2300)),
+        torch.float32,
+        tensors,
+        gradients=(),
+    )
+
+
+def test_ranges_beyond_the_cache() -> None:
+    tensors = inputs(2, 90, 2, 1, 32)
+    ranges = {"lengths": integers(200, 90), "key_start": integers(-5, 3)}
+    found, expected = (f(**tensors, **ranges) for f in (kernels.decode_attention, plain))
+    torch.testing.assert_close(found, expected)
+
+
+def test_each_cache_has_strides_of_its_own() -> None:
+    tensors = inputs(2, 90, 4, 2, 32)
+    v = torch.cat((tensors["v_cache"], tensors["v_cache"]), -1)[..., :32]
+    found = kernels.decode_attention(tensors["q"], tensors["k_cache"], v, integers(90, 55))
+    torch.testing.assert_close(found, plain(**tensors, lengths=integers(90, 55)))
+
+
 def test_strided_views() -> None:
     def views(q: Tensor, fused: Tensor) -> tuple[Tensor, ...]:
         cache = fused.transpose(1, 2)  # the cache with its heads first

@@ -54,6 +54,35 @@ def test_add_layer_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     )
 
 
+def test_what_is_added_has_strides_of_its_own() -> None:
+    three_way(
+        lambda x, wide, **more: kernels.add_layer_norm(x, wide[:, :40], **more, eps=EPS),
+        lambda x, wide, **more: add_layer_norm(x, wide[:, :40], **more),
+        torch.float32,
+        {
+            "x": draw(5, 40),
+            "wide": draw(5, 64, seed=1),
+            "weight": draw(40, seed=2),
+            "bias": draw(40, seed=3),
+        },
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rounds_once_bit_for_bit(dtype: torch.dtype) -> None:
+    x, residual = draw(3, 1280).to(dtype), draw(3, 1280, seed=1).to(dtype)
+    weight, bias = (draw(1280, seed=seed).to(dtype) for seed in (2, 3))
+
+    def once(x: Tensor) -> Tensor:
+        return ops.layer_norm(x.double(), weight.double(), bias.double(), EPS).to(dtype)
+
+    # Rounded before the weight, or made of the unrounded sum, a sixth and more would differ.
+    assert (kernels.layer_norm(x, weight, bias, EPS) != once(x)).float().mean() < 5e-3
+    y, summed = kernels.add_layer_norm(x, residual, weight, bias, EPS)
+    assert torch.equal(summed, x + residual)
+    assert (y != once(summed)).float().mean() < 5e-3
+
+
 def test_mean_far_above_the_spread() -> None:
     """mean(x^2) - mean(x)^2 in float32 would lose every digit of this variance."""
     three_way(

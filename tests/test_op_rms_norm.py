@@ -47,6 +47,25 @@ def test_add_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     )
 
 
+def test_what_is_added_has_strides_of_its_own() -> None:
+    three_way(
+        lambda x, wide, weight: kernels.add_rms_norm(x, wide[:, :40], weight, EPS),
+        lambda x, wide, weight: add_rms_norm(x, wide[:, :40], weight),
+        torch.float32,
+        {"x": draw(5, 40), "wide": draw(5, 64, seed=1), "weight": draw(40, seed=2)},
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_rounded_sum_is_normalised_bit_for_bit(dtype: torch.dtype) -> None:
+    x, residual = draw(3, 4096).to(dtype), draw(3, 4096, seed=1).to(dtype)
+    weight = draw(4096, seed=2).to(dtype)
+    y, summed = kernels.add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(summed, x + residual)
+    # Of the unrounded sum a sixth would differ.
+    assert (y != ops.rms_norm(summed, weight, EPS)).float().mean() < 1e-3
+
+
 VIEWS = {
     "last axis cut": lambda x: x[..., 8:17],
     "rows skipped": lambda x: x[:, ::2],

@@ -116,3 +116,23 @@ def test_errors() -> None:
         kernels.rope(q, q, cos, cos[..., :3])
     with pytest.raises(ValueError, match=r"^rope: cos wants a gradient; only the plain op"):
         kernels.rope(q, q, cos.clone().requires_grad_(), cos)
+
+
+def test_cosines_and_sines_have_strides_of_their_own() -> None:
+    found = tables(torch.arange(6).reshape(2, 3) * 5, 16)
+    wide = torch.cat((found["sin"], found["sin"]), -1)[..., :8]
+    q, k = draw(2, 3, 2, 16), draw(2, 3, 1, 16, seed=1)
+    for one, other in zip(
+        kernels.rope(q, k, found["cos"], wide), ops.rope(q, k, **found), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rounds_once_bit_for_bit(dtype: torch.dtype) -> None:
+    q, k = draw(2, 9, 4, 64).to(dtype), draw(2, 9, 2, 64, seed=1).to(dtype)
+    found = {n: x.to(dtype) for n, x in tables(torch.arange(18).reshape(2, 9), 64).items()}
+    wide = ops.rope(q.double(), k.double(), **{n: x.double() for n, x in found.items()})
+    for one, other in zip(kernels.rope(q, k, **found), wide, strict=True):
+        # With the two products rounded to the inputs' type a quarter would differ.
+        assert (one != other.to(dtype)).float().mean() < 5e-3

@@ -32,6 +32,15 @@ def test_halves_of_a_fused_projection(dtype: torch.dtype) -> None:
     )
 
 
+def test_gate_and_up_have_strides_of_their_own() -> None:
+    three_way(
+        lambda gate, wide: kernels.swiglu(gate, wide[:, :50]),
+        lambda gate, wide: ops.swiglu(gate, wide[:, :50]),
+        torch.float32,
+        {"gate": draw(5, 50), "wide": draw(5, 64, seed=1)},
+    )
+
+
 def test_transposed() -> None:
     three_way(
         lambda gate, up: kernels.swiglu(gate.T, up),

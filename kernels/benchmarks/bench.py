@@ -473,7 +473,10 @@ def bench(arguments: argparse.Namespace, device: str) -> int:
     wanted = set(arguments.ops.split(",")) if arguments.ops else {case.op for case in every}
     unknown = wanted - {case.op for case in every}
     if unknown:
-        raise SystemExit(f"error: no op {sorted(unknown)[0]!r}, choose from {sorted(kernels.OPS)}")
+        first = sorted(unknown)[0]
+        if first in kernels.OPS:
+            raise SystemExit(f"error: {first} has no Case in kernels/benchmarks/shapes.py")
+        raise SystemExit(f"error: no op {first!r}, choose from {sorted(kernels.OPS)}")
     began = time.perf_counter()
     green = tests_pass({kernels.OPS[op] for op in wanted}, device, began + arguments.budget / 2)
     late = {op for op in wanted if kernels.OPS[op] not in green}

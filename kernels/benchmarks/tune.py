@@ -47,6 +47,8 @@ FEW = 2
 
 
 def candidates(key: str, few: bool) -> Iterator[dict[str, int]]:
+    if key not in SEARCH:
+        raise SystemExit(f"error: {key} has no entry in SEARCH of kernels/benchmarks/tune.py")
     search = SEARCH[key]
     for number, values in enumerate(product(*search.values())):
         if few and number == FEW:

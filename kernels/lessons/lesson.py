@@ -122,7 +122,7 @@ def main(names: dict[str, Any]) -> None:
         cause = error.__cause__ or error
         frames = [f for f in traceback.extract_tb(cause.__traceback__) if f.filename == str(file)]
         at = f"line {frames[-1].lineno}: {frames[-1].line}" if frames else where
-        hint = getattr(cause, "hint", "read that line again; --solution shows the finished kernel")
+        hint = getattr(cause, "hint", "read that line again; solutions/ has the finished kernel")
         kind = "" if isinstance(cause, NotYet) else f"{type(cause).__name__}: "
         stop(f"NOT YET  {kind}{cause}\nHint:    {hint}\nWhere:   {at}")
     later = sorted(path.name for path in FOLDER.glob("0*.py") if path.name > file.name)

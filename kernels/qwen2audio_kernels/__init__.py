@@ -3,9 +3,10 @@
     import qwen2audio_kernels as kernels
     y = kernels.rms_norm(x, weight, eps)
 
-Every op has the name and the signature of its plain version in qwen2audio_core/ops.py, takes
-float32, float16 and bfloat16, and differentiates where its file says so. Importing this package
-imports neither torch nor triton: an op's file is loaded when the op is first named.
+Every op has the name and the signature of its plain version, for most in qwen2audio_core/ops.py. It
+takes float32, float16 and bfloat16 (log_mel float32 alone) and differentiates where its file says
+so. Importing this package imports neither torch nor triton: an op's file is loaded when the op is
+first named.
 """
 
 import sys

@@ -131,6 +131,8 @@ def settings(kernel: str, arch: str) -> Mapping[str, int]:
     arch    what `arch` returns for a tensor, or a target of ahead-of-time compilation
     returns the default with the architecture's overrides; KeyError for an unknown kernel
     """
+    if kernel not in _table():
+        raise KeyError(f"tuned.json has no block sizes for {kernel!r}")
     entry = _table()[kernel]
     return MappingProxyType({**entry["default"], **entry.get(arch, {})})
 
