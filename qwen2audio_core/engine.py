@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from qwen2audio_core import backends
+from qwen2audio_core import backends, gpu
 from qwen2audio_core.chat import Prompt, check_length
 from qwen2audio_core.errors import InputError, PromptError
 from qwen2audio_core.frontend import clip_lengths
@@ -190,6 +190,8 @@ class Engine:
         kernels = _kernels(backend, device)
         self._backend = None if kernels is None else backends.use(model, "triton")
         on_gpu = device.type == "cuda"
+        if on_gpu:
+            gpu.settle()  # the model may have come there by itself
         self._on_device: Callable[[], AbstractContextManager[Any]] = (
             partial(torch.cuda.device, device) if on_gpu else nullcontext
         )

@@ -1,4 +1,4 @@
-"""What a GPU is asked of for the whole process, when weights are put on it."""
+"""What PyTorch is told for the whole process when the model runs on a GPU."""
 
 import torch
 
