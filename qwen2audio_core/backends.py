@@ -32,6 +32,12 @@ PLAIN: dict[str, dict[str, Op | type]] = {
 }
 
 
+def is_attention(function: object) -> bool:
+    """Whether a slot's function is ops.attention in one of its versions, not one of your own."""
+    kernel = getattr(function, "__module__", "").startswith("qwen2audio_kernels")
+    return kernel or function in (*PLAIN["attention"].values(), ops.attention_by_products)
+
+
 class Backend:
     """Slots that were filled, and what they held before. Use it with `with`, or call `restore`.
 

@@ -418,7 +418,7 @@ def _load(
     ):
         rate = default_rate
     waveform = audio.load(source, sampling_rate=rate, resampler=resampler, name=name)
-    peak = float(waveform.detach().abs().max()) if len(waveform) else 0.0
+    peak = float(waveform.detach().abs().max())
     if peak > LOUDEST:
         notices.append(
             f"{name}: its samples reach {peak:,.0f}, and 1 is full scale: divide what was integers"

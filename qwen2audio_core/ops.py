@@ -207,12 +207,6 @@ def sdpa(
     return y
 
 
-def is_attention(function: object) -> bool:
-    """Whether a slot's function is `attention` in one of its versions, and not one of your own."""
-    kernel = getattr(function, "__module__", "").startswith("qwen2audio_kernels")
-    return kernel or function in (attention, sdpa, attention_by_products)
-
-
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:

@@ -31,7 +31,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qwen2audio_core import ops
-from qwen2audio_core.backends import path_pattern
+from qwen2audio_core.backends import is_attention, path_pattern
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.weights import published_name
 
@@ -233,7 +233,7 @@ class WatchedAttention:
             change,
         ]
         self.plain: Callable[..., Tensor] = held.plain if watched else held
-        if not ops.is_attention(self.plain):
+        if not is_attention(self.plain):
             raise InputError(
                 "the weights of an attention function of your own cannot be seen: those of"
                 " ops.attention would be shown, and run, in its place"

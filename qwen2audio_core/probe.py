@@ -116,12 +116,12 @@ def record(
     detach      False keeps the graph, for gradients; else copies, which nothing changes any more
     returns     Seen, filled while the block runs
     """
-    wanted = points(model, patterns)
+    wanted, named = points(model, patterns), _listed(positions)
     seen = Seen(wanted)
 
     def keep(x: Tensor, point: Point) -> None:
-        if positions is not None:
-            at = _columns(positions, x.shape[point.axis], start.of(point), x.device)
+        if named is not None:
+            at = _columns(named, x.shape[point.axis], start.of(point), x.device)
             if not len(at):
                 return
             x = x.index_select(point.axis, at)
@@ -172,16 +172,25 @@ def _counted(model: nn.Module) -> Iterator[_Start]:
         handle.remove()
 
 
-def _columns(positions: Positions, length: int, start: int, device: torch.device) -> Tensor:
-    """Which of a call's `length` positions, of which the first is number `start`, are named."""
-    if positions is None:
-        return torch.arange(length, device=device)
+def _listed(positions: Positions) -> slice | Sequence[int] | None:
+    """Positions in any form, as a slice or their numbers."""
     if isinstance(positions, Tensor):
         positions = positions.tolist()
     if isinstance(positions, int):
         positions = [positions]
-    if not isinstance(positions, slice) and positions and isinstance(positions[0], bool):
-        positions = [number for number, named in enumerate(positions) if named]
+    if positions is None or isinstance(positions, slice):
+        return positions
+    if positions and isinstance(positions[0], bool):
+        return [number for number, named in enumerate(positions) if named]
+    return positions
+
+
+def _columns(
+    positions: slice | Sequence[int] | None, length: int, start: int, device: torch.device
+) -> Tensor:
+    """Which of a call's `length` positions, of which the first is number `start`, are named."""
+    if positions is None:
+        return torch.arange(length, device=device)
     if isinstance(positions, slice):
         # What lies behind the call has an end of its own: -1 is the last one of this call.
         named = range(*positions.indices(start + length))
@@ -318,11 +327,12 @@ def _changed(
     positions: Positions,
 ) -> Iterator[None]:
     """Call change(x, at, first, axis): `at` counts within the call, which begins at `first`."""
+    named = _listed(positions)
     with _counted(model) as start:
 
         def tell(x: Tensor, point: Point) -> Tensor | None:
             first = start.of(point)
-            at = _columns(positions, x.shape[point.axis], first, x.device)
+            at = _columns(named, x.shape[point.axis], first, x.device)
             return change(x, at, first, point.axis) if len(at) else None
 
         with hooks(model, {name: tell}):
@@ -392,7 +402,7 @@ def logit_lens(
     """
     trunk, head = model.language_model.model, model.language_model.lm_head
     depth = len(trunk.layers)
-    at = _columns(positions, inputs.ids.shape[1], 0, inputs.ids.device)
+    at = _columns(_listed(positions), inputs.ids.shape[1], 0, inputs.ids.device)
     aim = None if targets is None else torch.tensor(list(targets))
     if aim is not None and len(aim) != len(at):
         raise InputError(f"{len(at)} positions, but {len(aim)} targets: give one for each")

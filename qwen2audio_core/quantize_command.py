@@ -39,7 +39,7 @@ def quantize(
 
     if bits == 8 and group is not None:
         raise InputError("--group is for --bits 4: in 8 bits all inputs of an output share a scale")
-    scheme = Scheme(bits, group or 128)
+    scheme = Scheme(bits) if group is None else Scheme(bits, group)
     source = find(model)
     console = Console(stderr=True, quiet=not sys.stderr.isatty())
     with Progress(console=console, transient=True) as progress:

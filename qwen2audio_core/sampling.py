@@ -36,19 +36,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         # Beyond these bounds float32 scores overflow.
-        bounds = {
-            "max_new_tokens": (int, 1, 2**31, "a whole number of at least 1"),
-            "min_new_tokens": (int, 0, 2**31, "a whole number of at least 0"),
-            "temperature": (float, 1e-4, 1e4, "0.0001 to 10,000 (use greedy for 0)"),
-            "top_k": (int, 0, 2**31, "a whole number of at least 0 (0 keeps all tokens)"),
-            "top_p": (float, 1e-9, 1, "above 0 and at most 1"),
-            "repetition_penalty": (float, 1e-2, 1e2, "0.01 to 100"),
+        whole, real = numbers.Integral, numbers.Real  # NumPy's numbers are of these kinds too
+        bounds: dict[str, tuple[type, float, float, str]] = {
+            "max_new_tokens": (whole, 1, 2**31, "a whole number of at least 1"),
+            "min_new_tokens": (whole, 0, 2**31, "a whole number of at least 0"),
+            "temperature": (real, 1e-4, 1e4, "0.0001 to 10,000 (use greedy for 0)"),
+            "top_k": (whole, 0, 2**31, "a whole number of at least 0 (0 keeps all tokens)"),
+            "top_p": (real, 1e-9, 1, "above 0 and at most 1"),
+            "repetition_penalty": (real, 1e-2, 1e2, "0.01 to 100"),
         }
         for name, (kind, least, most, expected) in bounds.items():
             value = getattr(self, name)
-            # NumPy's numbers count as well.
-            wanted = numbers.Integral if kind is int else numbers.Real
-            number = isinstance(value, wanted) and not isinstance(value, bool)
+            number = isinstance(value, kind) and not isinstance(value, bool)
             if not number or not least <= value <= most:
                 raise InputError(f"{name} is {value!r}, it must be {expected}")
 

@@ -54,7 +54,7 @@ def save_model(
         raise InputError(f"dtype is {dtype!r:.40}, it must be one of PyTorch's: torch.bfloat16")
     state = model.state_dict()
     codes = quantize.code_names(model)
-    names = {re.sub(r"\.(qweight|scales)$", ".weight", name) for name in state}
+    names = {name.rpartition(".")[0] + ".weight" if name in codes else name for name in state}
     if other := sorted(names ^ without_storage(model.config).state_dict().keys()):
         raise CheckpointError(
             f"{folder}: with {other[0]!r} the model is not what its config says, and could not be"

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen2audio_core import ops
+from qwen2audio_core import backends, ops
 from qwen2audio_core.config import TextConfig
 from qwen2audio_core.decoder import MLP, Attention, Decoder, DecoderLayer
 from qwen2audio_core.encoder import AudioEncoder, EncoderAttention, EncoderLayer
@@ -572,13 +572,14 @@ class Slots:
         if not clips:
             return
         rows = self.encode(clips)  # (sum of K, D)
-        needed = sum(clip_lengths(len(clip)).audio_tokens for clip in clips)
-        if len(rows) != needed:
-            raise PromptError(f"the clips need {len(rows)} audio tokens, the prompts hold {needed}")
+        held = [sum(clip_lengths(len(clip)).audio_tokens for clip in job.clips) for job in jobs]
+        if len(rows) != sum(held):
+            line = f"the clips need {len(rows)} audio tokens, the prompts hold {sum(held)}"
+            raise PromptError(line)
         at = used = 0
-        for job in jobs:
+        for job, count in zip(jobs, held, strict=True):
             places = [i for i, token in enumerate(job.ids[job.start :]) if token == audio_id]
-            used += sum(clip_lengths(len(clip)).audio_tokens for clip in job.clips)
+            used += count
             # A prefix from the cache may end within the first clip: what it held of it is left out.
             x[0, [at + i for i in places]] = rows[used - len(places) : used]
             at += len(job.ids) - job.start
@@ -626,7 +627,7 @@ def refuse_changed(model: Qwen2Audio) -> None:
             )
         if kind is Attention:
             op = getattr(module.attention_op, "plain", module.attention_op)  # watched by a probe
-            if not ops.is_attention(op):
+            if not backends.is_attention(op):
                 raise InputError(
                     "the engine's step has an attention of its own and would pass over yours:"
                     " answer with generate.py, or change slots.py too"

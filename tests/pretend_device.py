@@ -36,6 +36,7 @@ MAKERS = (
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 
 _here: torch.device = CPU
+_kept: list[Any] = []  # the library of makers, which ends with its last name
 
 
 class There(torch.Tensor):
@@ -205,9 +206,8 @@ def begin(kind: str) -> torch.device:
             return run(_op, args, {**kwargs, "device": _here})
 
         library.impl(name, make, "CUDA" if kind == "cuda" else "PrivateUse1")
-    torch.__future__.set_overwrite_module_params_on_conversion(
-        True
-    )  # not the wrapper into a tensor
+    # A module's parameters become new ones: a wrapper does not fit into a plain tensor.
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
     tensor, empty = torch.tensor, torch.empty
 
     def make_tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
@@ -219,9 +219,6 @@ def begin(kind: str) -> torch.device:
 
     torch.tensor, torch.empty, torch.Generator = make_tensor, make_empty, _Generator  # type: ignore[assignment,misc]
     return _here
-
-
-_kept: list[Any] = []
 
 
 def _no_driver() -> None:

@@ -384,6 +384,8 @@ def test_the_commands(run, tmp_path, monkeypatch):
         assert code == 2 and shown == "" and "Traceback" not in notes
     code, _, notes = run("quantize", "--bits", 5, tmp_path / "x")
     assert code == 2 and "5 bits a weight are not supported" in notes
+    code, _, notes = run("quantize", "--group", 0, tmp_path / "x")
+    assert code == 2 and "a group of 0 weights is not supported" in notes
     code, _, notes = run("quantize", "--bits", 8, "--group", 64, tmp_path / "x")
     assert code == 2 and "--group is for --bits 4" in notes and not (tmp_path / "x").exists()
     code, _, notes = run("quantize", out)

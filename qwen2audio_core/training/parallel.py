@@ -102,15 +102,17 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, group: Grou
     if group.world == 1:
         return float(nn.utils.clip_grad_norm_(given, limit))
     local: list[Tensor] = []  # each gradient, or this process's piece of it
-    squares: dict[bool, list[Tensor]] = {True: [], False: []}  # of the pieces, of the whole ones
+    spread_out: list[Tensor] = []  # squares of the pieces
+    whole: list[Tensor] = []  # and of what every process holds whole
     for parameter in given:
         gradient = parameter.grad
         assert gradient is not None
         piece = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-        squares[piece is not gradient].append(piece.float().square().sum())
+        square = piece.float().square().sum()
+        (whole if piece is gradient else spread_out).append(square)
         local.append(piece)
     # Together, as to ask for each would wait for the device at each.
-    pieces, wholes = (float(torch.stack(s).sum()) if s else 0.0 for s in squares.values())
+    pieces, wholes = (float(torch.stack(s).sum()) if s else 0.0 for s in (spread_out, whole))
     norm = (group.total([pieces])[0] + wholes) ** 0.5
     if norm > limit:
         for piece in local:
