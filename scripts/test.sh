@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs the project and its test extra on the first run, then checks style, types and behaviour.
-# Further arguments go to pytest, for example -m slow, or tests/test_model.py -k batch.
+# Arguments go to pytest, for example -m slow, or tests/test_model.py -k batch. Without any, up to
+# four processes share the tests, a file at a time.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 
@@ -13,5 +14,6 @@ say "layout: ruff format --check"
 "$python" -m ruff format --check .
 say "types: mypy"
 "$python" -m mypy
+[ $# -gt 0 ] || set -- --numprocesses logical --maxprocesses 4 --dist loadfile
 say "tests: pytest $*"
 "$python" -m pytest "$@"

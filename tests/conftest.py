@@ -27,7 +27,8 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU and find_spec("triton"):
     import interpreter  # noqa: F401  makes Triton run kernels on the CPU, before one is defined
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+SHARED = "PYTEST_XDIST_WORKER" in os.environ  # among processes that take a core each
+torch.set_num_threads(1 if SHARED else min(2, os.cpu_count() or 1))
 torch.backends.cudnn.allow_tf32 = False  # float32 is meant in convolutions too
 
 
