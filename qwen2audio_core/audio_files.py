@@ -472,7 +472,9 @@ def _decode_av(file: BinaryIO, name: str, why: str) -> Blocks:
     try:
         # A file object and not a path, which FFmpeg could take for a protocol.
         options = {"format_whitelist": AV_FORMATS}
-        with av.open(file, options=options, metadata_errors="ignore") as container:
+        # PyAV takes any bytes for a title from 19 on; before, it has to be told to.
+        titles = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+        with av.open(file, options=options, **titles) as container:
             if not container.streams.audio:
                 raise AudioError(f"{name}: has no sound track")
             if (tracks := len(container.streams.audio)) > 1:

@@ -77,7 +77,9 @@ def test_reads_every_format(shared: Path, file: str) -> None:
     waveform = audio.load(shared / "audio" / file)
     assert waveform.dtype == torch.float32
     assert waveform.ndim == 1
-    assert len(waveform) / 16_000 == pytest.approx(SHARED[file], abs=1e-3)
+    # From PyAV 19 on, FFmpeg leaves out what fills up the last frame of aac, at most 1024 samples.
+    unsure = 1024 / 44_100 if file.endswith("m4a") else 1e-3
+    assert len(waveform) / 16_000 == pytest.approx(SHARED[file], abs=unsure)
     assert 0.01 < waveform.abs().max() <= 1.1
 
 
@@ -527,6 +529,13 @@ def test_other_containers(format_: str, codec: str) -> None:
     assert waveform[8000:24_000].square().mean().sqrt() == pytest.approx(0.3 / 2**0.5, rel=0.02)
     if format_ != "mov":  # its index stands at the end
         refused(data[: len(data) * 2 // 3], "cut short|not a wav")
+
+
+def test_a_title_that_is_not_utf8() -> None:
+    data = av_encode("mp4", "aac", noise(4000, 2))
+    assert b"Lavf" in data  # who wrote the file stands among its titles
+    latin = data.replace(b"Lavf", b"\xe9\xff\xfe\xe8")
+    assert torch.equal(audio.load(latin), audio.load(data))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
