@@ -18,7 +18,7 @@ from qwen2audio_core import backends, chat, hub, tiny, weights
 from qwen2audio_core.chat import Long, Prompt
 from qwen2audio_core.errors import CheckpointError, InputError, warn
 from qwen2audio_core.generate import Generation
-from qwen2audio_core.linear import Linear, large_pages, why_not_packed
+from qwen2audio_core.linear import Linear, why_not_packed
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.quantize import SCHEMES, Scheme
 from qwen2audio_core.sampling import Likelihood, Settings
@@ -344,8 +344,6 @@ def load(
     folder = find(model)
     scheme = pick_scheme(quantize)
     place = pick_device(device)
-    if place.type == "cpu":
-        large_pages()
     loaded = weights.load_model(folder, device=place, dtype=dtype, scheme=scheme)
     if pack or (pack is None and fits_packed(loaded)):
         backends.use(loaded, linear="packed")

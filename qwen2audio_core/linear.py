@@ -36,17 +36,6 @@ def limit_shapes(most: int = SHAPES) -> None:
         os.environ.setdefault(name, str(most))
 
 
-def large_pages() -> None:
-    """Let PyTorch ask Linux for pages of 2 MB instead of 4 KB, where a tensor on the CPU has as
-    much and the environment does not say. It looks once, at the first such tensor of the process:
-    later this changes nothing.
-
-    A step of decoding reads every weight. The copies that PackedLinear makes are read at 26 instead
-    of 16 GB/s where the CPU is slow to look up an address (measured, in a virtual machine).
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
 class Drawn:
     """Mixed into a layer of torch.nn: its weights are drawn, but not on the meta device.
 

@@ -60,7 +60,7 @@ import torch
 from bench_grid import SHAPES, WORSE, forced_logits
 from torch import Tensor
 
-from qwen2audio_core import chat, linear, quantize, tiny, weights
+from qwen2audio_core import chat, quantize, tiny, weights
 from qwen2audio_core.assistant import load, user_turn
 from qwen2audio_core.compare import TOLERANCE, measure
 from qwen2audio_core.config import Qwen2AudioConfig
@@ -746,7 +746,6 @@ def main(argv: list[str] | None = None) -> int:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(args.threads)
-        linear.large_pages()  # as `load` does, which comes too late here; for both arms
         dtype = getattr(torch, args.dtype) if args.dtype else best_dtype(args.device)
         with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
             results = race_all(args, stages, config, dtype, Path(temporary))

@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -247,31 +246,3 @@ def test_a_model_without_storage_imports_no_compiler():
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["False"]
-
-
-HELD = """
-import torch
-from qwen2audio_core import assistant
-assistant.load("tiny", "cpu")
-weights = torch.ones(2**25)
-with open("/proc/self/smaps_rollup") as file:
-    print(next(line.split()[1] for line in file if line.startswith("AnonHugePages")))
-"""
-
-
-@pytest.mark.parametrize("said", [None, "0"])
-def test_a_load_asks_for_large_pages_unless_told_otherwise(said):
-    chosen = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not chosen.exists() or "[madvise]" not in chosen.read_text():
-        pytest.skip("needs Linux, with large pages for those who ask")
-    environment = {
-        name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"
-    }
-    if said is not None:
-        environment["THP_MEM_ALLOC_ENABLE"] = said
-    done = subprocess.run(
-        [sys.executable, "-c", HELD], env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    held = int(done.stdout) / 2**10
-    assert held >= 64 if said is None else held == 0, held  # MiB, of 128
