@@ -20,6 +20,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Shared among processes, each takes one core, and so do the processes that tests start.
+SHARED = "PYTEST_XDIST_WORKER" in os.environ
+if SHARED:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -27,7 +32,6 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU and find_spec("triton"):
     import interpreter  # noqa: F401  makes Triton run kernels on the CPU, before one is defined
 
-SHARED = "PYTEST_XDIST_WORKER" in os.environ  # among processes that take a core each
 torch.set_num_threads(1 if SHARED else min(2, os.cpu_count() or 1))
 torch.backends.cudnn.allow_tf32 = False  # float32 is meant in convolutions too
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -77,9 +78,10 @@ def test_reads_every_format(shared: Path, file: str) -> None:
     waveform = audio.load(shared / "audio" / file)
     assert waveform.dtype == torch.float32
     assert waveform.ndim == 1
-    # From PyAV 19 on, FFmpeg leaves out what fills up the last frame of aac, at most 1024 samples.
-    unsure = 1024 / 44_100 if file.endswith("m4a") else 1e-3
-    assert len(waveform) / 16_000 == pytest.approx(SHARED[file], abs=unsure)
+    # From PyAV 19 on, FFmpeg leaves out what fills up the last frame of aac, of 1024 samples.
+    filling = 1024 / 44_100 if file.endswith("m4a") and version("av") >= "19" else 0
+    seconds = len(waveform) / 16_000
+    assert SHARED[file] - filling - 1e-3 <= seconds <= SHARED[file] + 1e-3
     assert 0.01 < waveform.abs().max() <= 1.1
 
 
@@ -752,7 +754,7 @@ def test_slow_url(server: str, page: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(audio_files, "DOWNLOAD_SECONDS", 0.6)
     started = time.monotonic()
     refused(f"{server}/{page}", "silent for 0.3 s, or more than 0.6 s in all")
-    assert time.monotonic() - started < 1.2
+    assert time.monotonic() - started < 3
 
 
 def test_url_that_leads_nowhere() -> None:

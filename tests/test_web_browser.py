@@ -35,6 +35,7 @@ PATIENCE = 60_000  # ms; the machine may be busy with something else
 def model(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    patch.setattr(server, "PORT", server.PORT + 100)  # test_web.py may be looking for one too
     loaded = assistant.load("random")
     yield loaded
     patch.undo()
