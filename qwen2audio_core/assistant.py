@@ -339,8 +339,7 @@ def load(
     quantize  "int8" or "int4": the language model in so many bits a weight, made while it is read;
             or a quantize.Scheme. A folder that is quantised already needs no word
     """
-    if not isinstance(dtype, torch.dtype | None):
-        raise InputError(f"dtype is {dtype!r:.40}, it must be one of PyTorch's: torch.bfloat16")
+    weights.check_dtype(dtype)
     folder = find(model)
     scheme = pick_scheme(quantize)
     place = pick_device(device)

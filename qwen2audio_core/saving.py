@@ -22,6 +22,7 @@ from qwen2audio_core.quantize import Scheme
 from qwen2audio_core.weights import (
     CODES,
     DTYPES,
+    check_dtype,
     few,
     open_checkpoint,
     plain,
@@ -50,8 +51,7 @@ def save_model(
     companions  a checkpoint's folder to copy the tokenizer and the small settings from
     errors      CheckpointError, and then nothing is left at `folder` but what was there before
     """
-    if not isinstance(dtype, torch.dtype | None):
-        raise InputError(f"dtype is {dtype!r:.40}, it must be one of PyTorch's: torch.bfloat16")
+    check_dtype(dtype)
     state = model.state_dict()
     codes = quantize.code_names(model)
     names = {name.rpartition(".")[0] + ".weight" if name in codes else name for name in state}

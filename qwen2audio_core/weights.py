@@ -411,6 +411,12 @@ def _size(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a scalar"
 
 
+def check_dtype(dtype: Any) -> None:
+    """Raise InputError for what is neither a dtype of PyTorch's nor None, such as its name."""
+    if not isinstance(dtype, torch.dtype | None):
+        raise InputError(f"dtype is {dtype!r:.40}, it must be one of PyTorch's: torch.bfloat16")
+
+
 def plain(dtype: torch.dtype) -> str:
     """A dtype without its module: float32."""
     return str(dtype).removeprefix("torch.")

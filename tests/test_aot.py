@@ -1,4 +1,4 @@
-"""Every kernel compiles for four GPUs with none present, without spilling and with its dots on
+"""Every kernel compiles for four GPUs with none present, without a spill and with its dots on
 matrix instructions; what it takes of each GPU is kept in kernels/benchmarks/aot.csv."""
 
 import ast

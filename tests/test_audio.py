@@ -79,7 +79,9 @@ def test_reads_every_format(shared: Path, file: str) -> None:
     assert waveform.dtype == torch.float32
     assert waveform.ndim == 1
     # From PyAV 19 on, FFmpeg leaves out what fills up the last frame of aac, of 1024 samples.
-    filling = 1024 / 44_100 if file.endswith("m4a") and version("av") >= "19" else 0
+    filling = (
+        1024 / 44_100 if file.endswith("m4a") and int(version("av").split(".")[0]) >= 19 else 0
+    )
     seconds = len(waveform) / 16_000
     assert SHARED[file] - filling - 1e-3 <= seconds <= SHARED[file] + 1e-3
     assert 0.01 < waveform.abs().max() <= 1.1
@@ -754,7 +756,7 @@ def test_slow_url(server: str, page: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(audio_files, "DOWNLOAD_SECONDS", 0.6)
     started = time.monotonic()
     refused(f"{server}/{page}", "silent for 0.3 s, or more than 0.6 s in all")
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 1.2
 
 
 def test_url_that_leads_nowhere() -> None:

@@ -663,7 +663,7 @@ def test_a_model_of_mixed_dtypes_is_not_saved(made, tmp_path):
 FULL_DISK = """
 import resource, signal, sys
 from qwen2audio_core import saving, weights
-from qwen2audio_core.errors import CheckpointError, InputError
+from qwen2audio_core.errors import CheckpointError
 model = weights.load_model(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
