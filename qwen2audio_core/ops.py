@@ -127,6 +127,45 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def rope_into_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`rope` on N tokens, their turned keys and their values written into a cache.
+
+    q                 (N, H, C)
+    k, v              (N, G, C)
+    cos, sin          (N, C/2)      from rope_tables
+    k_cache, v_cache  (B, S, G, C)  changed in place; q's dtype, or int8 codes of code * scale
+    rows, positions   (N,)          integers, where a token goes; no two have one place
+    k_scale, v_scale  (B, S, G)     float32, changed in place, with an int8 cache; else None
+    returns           q, k          turned
+    """
+    q, k = (turned[0] for turned in rope(q[None], k[None], cos[None], sin[None]))
+    for x, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        codes = x
+        if scales is not None:
+            codes, scales[rows, positions] = quantise(x)
+        cache[rows, positions] = codes
+    return q, k
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., C) to int8 codes (..., C) and float32 scales (...): x = code * scale, rounded."""
+    scale = x.abs().amax(-1).float() / 127
+    codes = (x / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
+    return codes.to(torch.int8), scale
+
+
 def attention(
     q: Tensor,
     k: Tensor,

@@ -9,6 +9,10 @@ The step reads one id in every row, runs all layers, draws the next ids, and mov
 the stop flags on. It takes nothing from the host and gives nothing to it, so on a GPU it is one
 CUDA graph for each number of rows and longest length. On a CPU the same function simply runs. A row
 that has ended is computed and changes nothing.
+
+A short prompt, and a short clip, would keep a GPU waiting for Python too: alone they are read by a
+graph for the next multiple of 64 positions. What stands behind their end is computed, and read by
+nobody.
 """
 
 import threading
@@ -16,6 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, Protocol, cast
 
 import torch
@@ -36,6 +41,9 @@ MAX_ENDS = 16  # end tokens a conversation can have
 MAX_TOP = 20  # alternatives to a token whose log-probabilities can be asked for
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # of recorded steps; fewer conversations run in the next larger one
 SHORTEST = 256  # positions that the shortest recorded step attends over; then every power of two
+UNIT = 64  # what recorded prompts and clips are rounded up to
+LONGEST_PROMPT = 256  # ids; of longer ones the arithmetic takes longer than Python
+LONGEST_CLIP = 512  # frames of the encoder, 10.24 s
 
 Saved = list[Tensor]  # what SlotCache.save returns
 
@@ -79,7 +87,7 @@ class SlotCache:
             (k, v), (self.keys, self.values), self.scales or (None, None), strict=True
         ):
             if scales is not None:
-                x, scale = quantise(x)
+                x, scale = ops.quantise(x)
                 scales[layer][rows, positions] = scale
             store[layer][rows, positions] = x
 
@@ -107,13 +115,6 @@ class SlotCache:
     def move(self, source: int, target: int, length: int) -> None:
         for tensor in self.tensors:
             tensor[:, target, :length] = tensor[:, source, :length]
-
-
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (..., C) to int8 codes (..., C) and float32 scales (...): x = code * scale, rounded."""
-    scale = x.abs().amax(-1).float() / 127
-    codes = (x / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
-    return codes.to(torch.int8), scale
 
 
 class Sampler(Protocol):
@@ -310,7 +311,8 @@ class Slots:
         ]
 
         self.cache = SlotCache(text, slots, capacity, device, dtype, int8_cache)
-        positions = torch.arange(capacity, device=device)[None]
+        self._row_positions = torch.arange(capacity, device=device)
+        positions = self._row_positions[None]
         cos, sin = ops.rope_tables(positions, text.head_dim, text.rope_theta, dtype)
         self._cos, self._sin = cos[0], sin[0]  # (capacity, C/2)
 
@@ -342,6 +344,19 @@ class Slots:
         self._known = [0] * slots
         self._weighed = [False] * slots
         self._recorded: dict[tuple[int, int, bool], Callable[[], None]] = {}
+        # What a recorded reading takes and gives: "prompt" or "clip", positions -> how to run it.
+        self._readings: dict[tuple[str, int], Callable[[], None]] = {}
+        if record is not None:
+            audio = model.config.audio
+            self._prompt = torch.zeros(
+                1, LONGEST_PROMPT, text.hidden_size, dtype=dtype, device=device
+            )
+            self._entering = state(2)  # its row, and its last position
+            self._prompt_logits = torch.zeros(1, text.vocab_size, dtype=dtype, device=device)
+            self._mel = torch.zeros(1, audio.num_mel_bins, 2 * LONGEST_CLIP + 1, device=device)
+            self._frames = state(1)  # of the clip
+            shape = (LONGEST_CLIP // 2, text.hidden_size)
+            self._heard = torch.zeros(shape, dtype=dtype, device=device)
 
     # --- a conversation enters, moves and leaves --------------------------------------------------
 
@@ -355,25 +370,7 @@ class Slots:
         ids = [token for job in jobs for token in job.ids[job.start :]]
         x = self.trunk.embed_tokens(torch.tensor([ids], device=self.device))  # (1, N, D)
         self._splice(x, jobs)
-        parts, at = [], 0
-        for job in jobs:
-            parts.append((job, slice(at, at + len(job.ids) - job.start)))
-            at = parts[-1][1].stop
-        places = torch.cat([self._row_numbers.new_tensor(range(j.start, len(j.ids))) for j in jobs])
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            y = torch.empty_like(q)
-            for job, part in parts:
-                stop = len(job.ids)
-                self.cache.write(layer, job.row, slice(job.start, stop), k[0, part], v[0, part])
-                keys, values = self.cache.read(layer, slice(job.row, job.row + 1), stop)
-                attention_op = self.layers[layer].module.self_attn.attention_op
-                y[:, part] = attention_op(q[:, part], keys, values, causal=True)
-            return y
-
-        last = [part.stop - 1 for _, part in parts]
-        x = self._run(x, self._cos[places][None], self._sin[places][None], attend, last)
-        self.logits = self.head(self.trunk.norm(x[0]))  # (n, V)
+        self.logits = self._read_recorded(x, jobs[0]) if self._short(jobs) else self._read(x, jobs)
         news = []
         for i, job in enumerate(jobs):
             rows = slice(job.row, job.row + 1)
@@ -382,6 +379,70 @@ class Slots:
                 self._weigh(self.logits[i : i + 1], rows)
             news += self._tell(rows)
         return news
+
+    def _read(self, x: Tensor, jobs: Sequence[Job]) -> Tensor:
+        """Logits (n, V) at the last positions of n jobs; x (1, N, D) holds their ids end to end."""
+        parts, at = [], 0
+        for job in jobs:
+            parts.append((job, slice(at, at + len(job.ids) - job.start)))
+            at = parts[-1][1].stop
+        new = self._row_numbers.new_tensor
+        positions = torch.cat([new(range(job.start, len(job.ids))) for job in jobs])
+        rows = torch.cat([new([job.row]).expand(part.stop - part.start) for job, part in parts])
+        where = self._cos[positions], self._sin[positions], rows, positions
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, _ = self._turn(layer, q[0], k[0], v[0], *where)
+            y = torch.empty_like(q)
+            for job, part in parts:
+                keys, values = self.cache.read(layer, slice(job.row, job.row + 1), len(job.ids))
+                attention_op = self.layers[layer].module.self_attn.attention_op
+                y[part] = attention_op(q[None, part], keys, values, causal=True)[0]
+            return y[None]
+
+        x = self._run(x, attend, [part.stop - 1 for _, part in parts])
+        logits: Tensor = self.head(self.trunk.norm(x[0]))
+        return logits
+
+    def _short(self, jobs: Sequence[Job]) -> bool:
+        """Whether they are one prompt that a recorded reading takes, none of it in the cache."""
+        length = len(jobs[0].ids)
+        fits = length <= LONGEST_PROMPT and padded(length) <= self.capacity
+        # Keys and values are taken as they are, not as the codes of an int8 cache.
+        alone = len(jobs) == 1 and jobs[0].start == 0 and self.cache.scales is None
+        return self._record is not None and fits and alone
+
+    def _read_recorded(self, x: Tensor, job: Job) -> Tensor:
+        """_read, for one prompt that is `_short`."""
+        length = x.shape[1]
+        count = padded(length)
+        self._prompt[:, :length] = x
+        self._prompt[:, length:count] = 0
+        self._entering[0] = job.row
+        self._entering[1] = length - 1
+        self._reading("prompt", count, self._read_prompt)
+        return self._prompt_logits
+
+    def _read_prompt(self, count: int) -> None:
+        """The first `count` rows of _prompt, to _prompt_logits; none sees what is behind it."""
+        row, last = self._entering.split(1)
+        positions = self._row_positions[:count]
+        where = self._cos[:count], self._sin[:count], row.repeat(count), positions
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k = self._turn(layer, q[0], k[0], v[0], *where)
+            attention_op = self.layers[layer].module.self_attn.attention_op
+            return attention_op(q[None], k[None], v, causal=True)
+
+        x = self._run(self._prompt[:, :count], attend, last)
+        self._prompt_logits.copy_(self.head(self.trunk.norm(x[0])))
+
+    def _reading(self, what: str, count: int, read: Callable[[int], None]) -> None:
+        """Run a recorded reading of `count` positions, which reads one thing to the same end."""
+        if (what, count) not in self._readings:
+            assert self._record is not None
+            self._readings[what, count] = self._record(partial(read, count))
+        self._readings[what, count]()
 
     def _place(self, job: Job) -> None:
         """Set a row's state for a job."""
@@ -430,7 +491,7 @@ class Slots:
             for row, length in enumerate(self._known[:count]):
                 self._step(slice(row, row + 1), length + 1, True, weigh)
         else:
-            even = min(self._known[:count]) + 1 == longest
+            even = self._kernels is None and min(self._known[:count]) + 1 == longest
             self._step(slice(0, count), longest, even, weigh)
         news = self._tell(slice(0, count))
         self._known[:count] = [length + 1 for length in self._known[:count]]
@@ -470,36 +531,35 @@ class Slots:
         """
         alive = ~self.ended[rows]
         lengths = self.lengths[rows] + 1  # with the id that is read now, (n,)
-        where: tuple[Any, Any]  # the rows' places in the cache
+        where: tuple[Tensor, Tensor, Any, Any]  # see _turn
         visible = None
         if even:
-            where = rows, span - 1
             ids = self.ids[rows, span - 1 : span]
-            cos, sin = self._cos[None, span - 1 : span], self._sin[None, span - 1 : span]
+            cos, sin = (t[span - 1].expand(len(ids), -1) for t in (self._cos, self._sin))
+            where = cos, sin, rows, span - 1
         else:
             positions = lengths - 1
-            where = self._row_numbers[rows], positions
             ids = self.ids[rows].gather(1, positions[:, None])
-            cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
+            where = self._cos[positions], self._sin[positions], self._row_numbers[rows], positions
             if self._kernels is None:
                 visible = ops.visible_keys(1, span, False, None, lengths, self.device)
         x = self.trunk.embed_tokens(ids)  # (n, 1, D)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.cache.write(layer, where[0], where[1], k[:, 0], v[:, 0])
+            q, _ = self._turn(layer, q[:, 0], k[:, 0], v[:, 0], *where)
             if self._kernels is None:
                 keys, values = self.cache.read(layer, rows, span)
-                return ops.fused_attention(q, keys, values, visible)
+                return ops.fused_attention(q[:, None], keys, values, visible)
             scales = {}
             if self.cache.scales is not None:
                 k_scale, v_scale = (scale[layer, rows, :span] for scale in self.cache.scales)
                 scales = {"k_scale": k_scale, "v_scale": v_scale}
             keys = self.cache.keys[layer, rows, :span]
             values = self.cache.values[layer, rows, :span]
-            y: Tensor = self._kernels.decode_attention(q[:, 0], keys, values, lengths, **scales)
+            y: Tensor = self._kernels.decode_attention(q, keys, values, lengths, **scales)
             return y[:, None]
 
-        x = self._run(x, cos, sin, attend)
+        x = self._run(x, attend)
         self.lengths[rows] += alive
         self.logits = self.head(self.trunk.norm(x[:, 0]))
         self._append(self.logits, rows)
@@ -540,30 +600,54 @@ class Slots:
     def _run(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
         attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
-        last: Sequence[int] | None = None,
+        last: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
-        """All decoder layers on x (B, T, D); `attend` stores k, v and returns q's attention.
+        """All decoder layers on x (B, T, D).
 
-        last  of the T positions those whose hidden states are wanted; None for all. What the last
-              layer adds behind its attention is then computed for them alone
+        attend  turns q and k of a layer, stores k and v, and returns q's attention
+        last    of the T positions those whose hidden states are wanted; None for all. What the last
+                layer adds behind its attention is then computed for them alone
         """
         for i, layer in enumerate(self.layers):
-            attention, mlp = layer.module.self_attn, layer.module.mlp
-            heads = (*x.shape[:2], -1, attention.head_dim)
-            q, k, v = (
-                part.view(heads) for part in layer.qkv.split(layer.module.input_layernorm(x))
-            )
-            q, k = attention.rope_op(q, k, cos, sin)
-            y = attend(i, q, k, v).reshape(x.shape)
+            mlp = layer.module.mlp
+            heads = (*x.shape[:2], -1, layer.module.self_attn.head_dim)
+            qkv = layer.qkv.split(layer.module.input_layernorm(x))
+            y = attend(i, *(part.view(heads) for part in qkv)).reshape(x.shape)
             if last is not None and i == len(self.layers) - 1:
                 x, y = x[:, last], y[:, last]
             x = layer.o(y, residual=x)
             hidden = layer.gate_up.gated(layer.module.post_attention_layernorm(x), mlp.swiglu_op)
             x = layer.down(hidden, residual=x)
         return x
+
+    def _turn(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        rows: Any,
+        positions: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Turn q and k (N, .., C) by cos and sin (N, C/2), and store k and v of those N tokens.
+
+        rows, positions  any pair of indices that picks N places. As tensors, one kernel does all of
+                         it where the model's rope is that kernel
+        """
+        rope_op = self.layers[layer].module.self_attn.rope_op
+        if self._kernels is not None and rope_op is self._kernels.rope:
+            stores = [store[layer] for store in self.cache.tensors]
+            caches, scales = stores[:2], stores[2:]
+            turned: tuple[Tensor, Tensor] = self._kernels.rope_into_cache(
+                q, k, v, cos, sin, *caches, rows, positions, *scales
+            )
+            return turned
+        q, k = (x[0] for x in rope_op(q[None], k[None], cos[None], sin[None]))
+        self.cache.write(layer, rows, positions, k, v)
+        return q, k
 
     def _splice(self, x: Tensor, jobs: Sequence[Job]) -> None:
         """Write the clips' rows into their places in x (1, N, D), the jobs' ids end to end."""
@@ -586,24 +670,84 @@ class Slots:
 
     def encode(self, clips: Sequence[Tensor]) -> Tensor:
         """Waveforms to rows of the text width (sum of K, D): valid frames end to end, unpadded."""
-        tower = self.model.audio_tower
-        dtype = tower.conv1.weight.dtype
+        bins = self.model.config.audio.num_mel_bins
+        mels = [log_mel(clip.to(self.device), bins) for clip in clips]
         frames = [clip_lengths(len(clip)).conv_frames for clip in clips]
-        pieces = []
-        for clip, count in zip(clips, frames, strict=True):
-            mel = log_mel(clip.to(self.device), self.model.config.audio.num_mel_bins)
-            h = tower.gelu_op(tower.conv1(mel[None].to(dtype)))
-            h = tower.gelu_op(tower.conv2(h))[:, :, :count].transpose(1, 2)  # (1, T, Da)
-            pieces.append(h + tower.embed_positions.weight[:count])
+        if self._record is not None and len(clips) == 1 and frames[0] <= LONGEST_CLIP:
+            return self._encode_recorded(mels[0], frames[0])
+        varlen = self._ends(frames)
+
+        def attend(attention_op: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if varlen is not None and attention_op is self._kernels.attention:
+                y: Tensor = self._kernels.attention_varlen(q[0], k[0], v[0], *varlen)
+                return y[None]
+            clips = zip(*(part.split(frames, dim=1) for part in (q, k, v)), strict=True)
+            return torch.cat([attention_op(*clip) for clip in clips], dim=1)
+
+        pieces = [self._convolve(mel[None], count) for mel, count in zip(mels, frames, strict=True)]
         x = torch.cat(pieces, dim=1)
+        return self._project(self._listen(x, attend).split(frames, dim=1))
+
+    def _ends(self, frames: Sequence[int]) -> tuple[Tensor, int] | None:
+        """Of several clips for a kernel: where each ends, 0 in front, and the longest."""
+        if self._kernels is None or len(frames) == 1:
+            return None
+        return self._row_numbers.new_tensor([0, *accumulate(frames)]), max(frames)
+
+    def _encode_recorded(self, mel: Tensor, frames: int) -> Tensor:
+        """The same for the log-mel (M, F) of one clip of no more than LONGEST_CLIP frames."""
+        count = padded(frames)
+        self._mel[0, :, : mel.shape[1]] = mel
+        self._mel[0, :, mel.shape[1] : 2 * count + 1] = 0
+        self._frames.fill_(frames)
+        self._reading("clip", count, self._encode_clip)
+        return self._heard[: frames // 2].clone()
+
+    def _encode_clip(self, count: int) -> None:
+        """What stands in _mel as `count` frames, of which _frames are heard, to _heard."""
+
+        def attend(attention_op: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            y: Tensor = attention_op(q, k, v, key_end=self._frames)
+            return y
+
+        x = self._convolve(self._mel[:, :, : 2 * count + 1], count)
+        self._heard[: count // 2] = self._project([self._listen(x, attend)])
+
+    def _convolve(self, mel: Tensor, frames: int) -> Tensor:
+        """mel (1, M, F) to the first `frames` frames of the encoder's input, (1, frames, Da)."""
+        tower = self.model.audio_tower
+        h = tower.gelu_op(tower.conv1(mel.to(tower.conv1.weight.dtype)))
+        h = tower.gelu_op(tower.conv2(h))[:, :, :frames].transpose(1, 2)
+        return h.contiguous() + tower.embed_positions.weight[:frames]
+
+    def _listen(self, x: Tensor, attend: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """All encoder layers on x (1, N, Da); `attend` gives attention_op of a layer its keys."""
         for layer, qkv in self._encoder:
-            x = encoder_layer(layer, qkv, x, frames)
+            attention = layer.self_attn
+            heads = (*x.shape[:2], -1, attention.head_dim)
+            parts = (part.view(heads) for part in qkv.split(layer.self_attn_layer_norm(x)))
+            y = attend(attention.attention_op, *parts).reshape(x.shape)
+            x = x + attention.out_proj(y)
+            x = x + layer.fc2(layer.gelu_op(layer.fc1(layer.final_layer_norm(x))))
+            if x.dtype == torch.float16:  # the published model's guard against overflow
+                limit = torch.finfo(x.dtype).max - 1000
+                x = x.clamp(-limit, limit)
+        return x
+
+    def _project(self, clips: Sequence[Tensor]) -> Tensor:
+        """Audio states (1, T, Da) of clips, before they are pooled, to rows (sum of T // 2, D)."""
         pooled = [
-            F.avg_pool1d(part.transpose(1, 2), kernel_size=2, stride=2).transpose(1, 2)
-            for part in x.split(frames, dim=1)
+            F.avg_pool1d(clip.transpose(1, 2), kernel_size=2, stride=2).transpose(1, 2)
+            for clip in clips
         ]
-        rows = self.model.multi_modal_projector(tower.layer_norm(torch.cat(pooled, dim=1)))
-        return rows[0].to(self.trunk.embed_tokens.weight.dtype)
+        states = self.model.audio_tower.layer_norm(torch.cat(pooled, dim=1))
+        rows: Tensor = self.model.multi_modal_projector(states)[0]
+        return rows.to(self.trunk.embed_tokens.weight.dtype)
+
+
+def padded(length: int) -> int:
+    """Positions of the recorded reading that holds so many."""
+    return -(-length // UNIT) * UNIT
 
 
 def refuse_changed(model: Qwen2Audio) -> None:
@@ -632,20 +776,6 @@ def refuse_changed(model: Qwen2Audio) -> None:
                     "the engine's step has an attention of its own and would pass over yours:"
                     " answer with generate.py, or change slots.py too"
                 )
-
-
-def encoder_layer(layer: EncoderLayer, qkv: Projection, x: Tensor, frames: list[int]) -> Tensor:
-    """encoder.EncoderLayer on clips laid end to end, x (1, N, Da), each seeing itself alone."""
-    heads = (*x.shape[:2], -1, layer.self_attn.head_dim)
-    q, k, v = (part.view(heads) for part in qkv.split(layer.self_attn_layer_norm(x)))
-    pieces = zip(*(part.split(frames, dim=1) for part in (q, k, v)), strict=True)
-    y = torch.cat([layer.self_attn.attention_op(*piece) for piece in pieces], dim=1)
-    x = x + layer.self_attn.out_proj(y.reshape(x.shape))
-    x = x + layer.fc2(layer.gelu_op(layer.fc1(layer.final_layer_norm(x))))
-    if x.dtype == torch.float16:  # the published model's guard against overflow
-        limit = torch.finfo(x.dtype).max - 1000
-        x = x.clamp(-limit, limit)
-    return x
 
 
 _recording = threading.Lock()  # a recording in one thread forbids what begins one in another

@@ -105,6 +105,19 @@ CASES: dict[str, Callable[[], Any]] = {
         *(t(*shape, dtype=torch.float32) for shape in [(8, 8192)] * 2 + [(8192,)] * 2), 1e-5
     ),
     "rope": lambda: kernels.rope(*qkv(800, 32, 32, 128)[:2], fixed(1, 800, 64), fixed(1, 800, 64)),
+    "rope_into_cache": lambda: kernels.rope_into_cache(
+        *(x[0].detach() for x in qkv(8, 32, 32, 128)),
+        *(fixed(8, 64) for _ in ("cos", "sin")),
+        *(fixed(8, 2048, 32, 128) for _ in "kv"),
+        *(integers(8) for _ in ("rows", "positions")),
+    ),
+    "rope_into_cache int8": lambda: kernels.rope_into_cache(
+        *(x[0].detach() for x in qkv(8, 32, 32, 128)),
+        *(fixed(8, 64) for _ in ("cos", "sin")),
+        *(fixed(8, 2048, 32, 128, dtype=torch.int8) for _ in "kv"),
+        *(integers(8) for _ in ("rows", "positions")),
+        *(fixed(8, 2048, 32, dtype=torch.float32) for _ in "kv"),
+    ),
     "swiglu": lambda: kernels.swiglu(*t(1, 800, 2 * 11008).chunk(2, dim=-1)),
     "gelu": lambda: kernels.gelu(t(1, 1500, 5120)),
     "bias_gelu": lambda: kernels.bias_gelu(t(1, 1500, 5120), t(5120)),

@@ -16,11 +16,12 @@ from qwen2audio_core import backends, chat, ops, quantize
 from qwen2audio_core.assistant import load, user_turn
 from qwen2audio_core.engine import Engine
 from qwen2audio_core.errors import CheckpointError, InputError, PromptError
+from qwen2audio_core.frontend import clip_lengths
 from qwen2audio_core.generate import Generation, generate
 from qwen2audio_core.packing import pack
 from qwen2audio_core.prefix_cache import Beginning, PrefixCache, digest, runs
 from qwen2audio_core.sampling import Settings
-from qwen2audio_core.slots import Job, SlotCache, Slots, quantise, record_graph
+from qwen2audio_core.slots import Job, SlotCache, Slots, record_graph
 
 GREEDY = Settings(max_new_tokens=12, eos_token_ids=(), repetition_penalty=1.2)
 DRAWN = Settings(
@@ -288,7 +289,13 @@ def plain_sample(logits, uniform, temperature, top_k, top_p, penalty, seen):
 
 
 PLAIN = SimpleNamespace(
-    linear=plain_linear, decode_attention=plain_decode_attention, sample=plain_sample
+    linear=plain_linear,
+    decode_attention=plain_decode_attention,
+    sample=plain_sample,
+    rope=ops.rope,
+    rope_into_cache=ops.rope_into_cache,
+    attention=ops.sdpa,
+    attention_varlen=ops.attention_varlen,
 )
 
 
@@ -377,6 +384,106 @@ def test_recording_changes_nothing(assistant):
     for name in ("ids", "lengths", "written", "budget", "ends", "ended"):
         assert torch.equal(getattr(slots, name), state[name]), name
     assert torch.equal(slots.sampler.seen[:3], seen[:3])
+
+
+# --- short prompts and clips as recordings --------------------------------------------------------
+
+
+def recording_slots(model, device="cpu", **options):
+    """Slots whose readings are recorded: on tapes with plain operations, or as graphs."""
+    if device == "cpu":
+        return Slots(model, 3, 1024, kernels=PLAIN, record=tape.record, **options)
+    return Slots(
+        model, 3, 1024,
+        kernels=backends.triton_kernels(), record=record_graph(torch.device(device)), **options,
+    )  # fmt: skip
+
+
+ON = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", ON)
+def test_a_recorded_prompt_is_read_as_it_is_unrecorded(assistant, device):
+    """Lengths on both sides of a multiple of 64, long before short, in rows in use by others."""
+    model = fresh().to(device)
+    pack(model)
+    text = "one two three four " * 70
+    with torch.inference_mode():
+        plain, slots = (recording_slots(model, device) for _ in range(2))
+        plain._record = None
+        for turn, length in enumerate((200, 5, 64, 65, 128, 3, 256, 63, 256, 257, 1)):
+            prompt = assistant.encode_raw("<|AUDIO|>" + text, [noise(turn, 0.3)])
+            assert len(prompt.ids) > 257
+            prompt = replace(prompt, ids=prompt.ids[:length])
+            if length < 10:
+                prompt = replace(prompt, ids=prompt.ids[-1:] * length, clips=[])
+            job = job_of(prompt, GREEDY)
+            job.row = turn % 3
+            before = [x.clone() for x in slots.cache.tensors]
+            for each in (plain, slots):
+                each.clear(job.row)
+                each.prefill([replace(job)])
+            torch.testing.assert_close(slots.logits, plain.logits)
+            for mine, its, old in zip(
+                slots.cache.tensors, plain.cache.tensors, before, strict=True
+            ):
+                torch.testing.assert_close(mine[:, job.row, :length], its[:, job.row, :length])
+                for other in {0, 1, 2} - {job.row}:
+                    assert torch.equal(mine[:, other], old[:, other])
+                assert mine.isfinite().all()
+        assert sorted(slots._readings) == [("clip", 64), *(("prompt", n) for n in (64, 128, 256))]
+        assert not plain._readings
+
+
+@pytest.mark.parametrize("device", ON)
+def test_a_recorded_clip_is_heard_as_it_is_unrecorded(device):
+    """Around multiples of 64 frames, the longest first, so that what it left would be heard."""
+    model = fresh().to(device)
+    pack(model)
+    with torch.inference_mode():
+        plain, slots = (recording_slots(model, device) for _ in range(2))
+        plain._record = None
+        for i, frames in enumerate((512, 2, 63, 64, 65, 127, 128, 3, 513, 510)):
+            clip = noise(i, frames * 320 / 16000)[0]
+            assert clip_lengths(len(clip)).conv_frames == frames
+            heard = slots.encode([clip])
+            torch.testing.assert_close(heard, plain.encode([clip]))
+            assert len(heard) == frames // 2
+            heard.fill_(7.0)  # the caller's own
+        assert sorted(slots._readings) == [("clip", n) for n in (64, 128, 512)]
+
+
+@pytest.mark.parametrize("device", ON)
+def test_several_clips_are_heard_as_each_alone(device):
+    model = fresh().to(device)
+    pack(model)
+    lengths = (0.4, 2.0, 0.03, 1.1)
+    clips = [noise(i, seconds)[0] for i, seconds in enumerate(lengths)]
+    with torch.inference_mode():
+        slots = recording_slots(model, device)
+        if device == "cuda":
+            backends.use(model, "triton")
+        together = slots.encode(clips)
+        apart = torch.cat([slots.encode([clip]) for clip in clips])
+    torch.testing.assert_close(together, apart)
+
+
+def test_what_a_recorded_prompt_is_not_for(assistant):
+    """Several prompts, one whose beginning is known, one too long, and codes in the cache."""
+    model = fresh()
+    prompt = assistant.encode_raw("one two three", [])
+    job = job_of(prompt, GREEDY)
+    with torch.inference_mode():
+        slots = recording_slots(model)
+        assert slots._short([job])
+        assert not slots._short([job, job])
+        assert not slots._short([replace(job, start=2)])
+        assert not slots._short([replace(job, ids=job.ids[:1] * 257)])
+        assert not recording_slots(model, int8_cache=True)._short([job])
+        small = Slots(model, 1, 63, kernels=PLAIN, record=tape.record)  # 64 do not fit
+        assert not small._short([job])
+        small.prefill([job])
+        assert not Slots(model, 1, 1024, kernels=PLAIN)._short([job])
 
 
 def test_the_tape_finds_what_a_graph_would_break():
@@ -1059,7 +1166,7 @@ def test_a_request_may_close_the_engine(assistant, worker, event):
 def test_int8_codes_are_within_half_a_step():
     x = torch.randn(5, 7, 64) * torch.logspace(-6, 3, 7)[:, None]
     x[0] = 0
-    codes, scale = quantise(x)
+    codes, scale = ops.quantise(x)
     assert codes.dtype == torch.int8 and scale.shape == (5, 7)
     back = codes * scale[..., None]
     assert ((back - x).abs() <= 0.5001 * scale[..., None]).all()

@@ -136,3 +136,152 @@ def test_rounds_once_bit_for_bit(dtype: torch.dtype) -> None:
     for one, other in zip(kernels.rope(q, k, **found), wide, strict=True):
         # With the two products rounded to the inputs' type a quarter would differ.
         assert (one != other.to(dtype)).float().mean() < 5e-3
+
+
+# --- into a cache ---------------------------------------------------------------------------------
+
+
+def tokens(N: int, H: int, G: int, C: int) -> dict[str, Tensor]:
+    """Of a fused projection, with tables of their positions."""
+    qkv = draw(N, (H + 2 * G) * C).view(N, H + 2 * G, C)
+    q, k, v = qkv.split((H, G, G), dim=1)
+    cos, sin = tables(torch.arange(N)[None] * 37, C).values()
+    return {"q": q, "k": k, "v": v, "cos": cos[0], "sin": sin[0]}
+
+
+def place(N: int) -> dict[str, Tensor]:
+    """Of N tokens in a cache of 3 rows, not in order."""
+    places = torch.randperm(3 * 7, generator=torch.Generator().manual_seed(2))[:N]
+    return {"rows": (places // 7).to(DEVICE), "positions": (places % 7).to(DEVICE)}
+
+
+def cache(G: int, C: int, dtype: torch.dtype, layers: int = 2) -> Tensor:
+    """Of several layers, full of what must stay: the op is given one layer."""
+    filled = torch.arange(layers * 3 * 7 * G * C, device=DEVICE).view(layers, 3, 7, G, C)
+    return (filled % 101).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("N", "H", "G", "C"), [(1, 32, 32, 128), (5, 28, 4, 128), (21, 3, 1, 2), (4, 5, 17, 126)]
+)
+def test_into_a_cache(N: int, H: int, G: int, C: int, dtype: torch.dtype) -> None:
+    def run(op):
+        def call(**inputs):
+            k_cache, v_cache = (cache(G, C, inputs["q"].dtype) for _ in "kv")
+            turned = op(**inputs, k_cache=k_cache[1], v_cache=v_cache[1])
+            return *turned, k_cache, v_cache
+
+        return call
+
+    inputs = tokens(N, H, G, C)
+    three_way(
+        run(kernels.rope_into_cache),
+        run(ops.rope_into_cache),
+        dtype,
+        {**inputs, **place(N)},
+        gradients=(),
+    )
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    q, k, k_cache, v_cache = run(kernels.rope_into_cache)(**inputs, **place(N))
+    turned = kernels.rope(
+        inputs["q"][None], inputs["k"][None], inputs["cos"][None], inputs["sin"][None]
+    )
+    assert torch.equal(q, turned[0][0])  # the same bits as without a cache
+    assert torch.equal(k, turned[1][0])
+    at = (1, *place(N).values())
+    assert torch.equal(k_cache[at], k)
+    assert torch.equal(v_cache[at], inputs["v"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_into_an_int8_cache(dtype: torch.dtype) -> None:
+    """Codes and scales bit for bit those of the rounded key, everything else left alone."""
+    N, H, G, C = 6, 4, 20, 62
+    inputs = {name: x.to(dtype) for name, x in tokens(N, H, G, C).items()}
+    inputs["v"][2, 3] = 0  # a scale of zero
+    # All codes end in a half: 127 quarters are the largest, so that a code is four times a value.
+    inputs["v"][3, 0] = (torch.arange(C, device=DEVICE) - 31).to(dtype) / 4 + 0.125
+    inputs["v"][3, 0, 0] = 127 / 4
+    before = [cache(G, C, torch.int8) for _ in "kv"]
+    scales = [cache(G, 1, torch.float32)[..., 0] for _ in "kv"]
+    caches, scaled = [x.clone() for x in before], [x.clone() for x in scales]
+    _, k = kernels.rope_into_cache(
+        **inputs,
+        k_cache=caches[0][1],
+        v_cache=caches[1][1],
+        **place(N),
+        k_scale=scaled[0][1],
+        v_scale=scaled[1][1],
+    )
+    at = (1, *place(N).values())
+    for x, found, scale, old, old_scale in zip(
+        (k, inputs["v"]), caches, scaled, before, scales, strict=True
+    ):
+        old[at], old_scale[at] = ops.quantise(x)
+        assert torch.equal(found, old)
+        assert torch.equal(scale, old_scale)
+    assert len(caches[1][at][3, 0].unique()) < C  # halves went to both sides, to the even one
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_in_int8(bad: float) -> None:
+    inputs = tokens(3, 2, 2, 8)
+    inputs["v"][1, 0, 5] = bad
+    inputs["k"][2, 1, 3] = bad
+    codes = [torch.zeros(3, 7, 2, 8, dtype=torch.int8, device=DEVICE) for _ in "kv"]
+    scales = [torch.zeros(3, 7, 2, device=DEVICE) for _ in "kv"]
+    at = place(3)
+    kernels.rope_into_cache(
+        **inputs, k_cache=codes[0], v_cache=codes[1], **at, k_scale=scales[0], v_scale=scales[1]
+    )
+    for scale, token, head in ((scales[0], 2, 1), (scales[1], 1, 0)):
+        found = scale[at["rows"], at["positions"]]
+        assert not found[token, head].isfinite()
+        assert found.isfinite().sum() == 5
+
+
+def test_no_tokens_for_a_cache() -> None:
+    inputs, filled = tokens(0, 4, 2, 8), cache(2, 8, torch.float32)[0]
+    before = filled.clone()
+    q, k = kernels.rope_into_cache(**inputs, k_cache=filled, v_cache=filled.clone(), **place(0))
+    assert (q.shape, k.shape) == ((0, 4, 8), (0, 2, 8))
+    assert torch.equal(filled, before)
+
+
+def test_errors_into_a_cache() -> None:
+    right = {
+        **tokens(5, 4, 2, 8),
+        **place(5),
+        **{name: cache(2, 8, torch.float32)[0] for name in ("k_cache", "v_cache")},
+    }
+    scale = torch.zeros(3, 7, 2, device=DEVICE)
+    codes = right["k_cache"].to(torch.int8)
+    strided = right["k_cache"].transpose(-1, -2).contiguous().transpose(-1, -2)
+    for wrong, message in (
+        ({"q": right["q"][0]}, r"q has shape \(4, 8\), expected \(tokens, heads"),
+        ({"k": right["k"][:3]}, r"k has shape \(3, 2, 8\), expected \(5, heads, 8\) as q"),
+        ({"v": right["v"][:, :1]}, r"v has shape \(5, 1, 8\), expected \(5, 2, 8\)"),
+        ({"cos": right["cos"][:, :3]}, r"cos has shape \(5, 3\), expected \(5, 4\)"),
+        ({"sin": right["sin"].half()}, r"sin is float16 but q is float32"),
+        ({"k_cache": right["k_cache"][0]}, r"k_cache has shape \(7, 2, 8\), expected \(rows"),
+        ({"v_cache": right["v_cache"][:2]}, r"v_cache has shape \(2, 7, 2, 8\), expected \(3"),
+        ({"k_cache": right["k_cache"].half()}, r"k_cache is torch.float16, expected torch.float32"),
+        ({"k_cache": codes, "v_cache": codes}, r"k_cache is torch.int8, expected torch.float32 or"),
+        ({"k_cache": strided}, r"k_cache has no unit stride along its channels"),
+        ({"k_scale": scale, "v_scale": scale}, r"k_cache is torch.float32, expected .* torch.int8"),
+        ({"k_cache": codes, "v_cache": codes, "k_scale": scale}, r"an int8 cache needs v_scale"),
+        (
+            {"k_cache": codes, "v_cache": codes, "k_scale": scale[0], "v_scale": scale},
+            r"k_scale has shape \(7, 2\), expected \(3, 7, 2\)",
+        ),
+        (
+            {"k_cache": codes, "v_cache": codes, "k_scale": scale.half(), "v_scale": scale},
+            r"k_scale is torch.float16, expected torch.float32",
+        ),
+        ({"rows": right["rows"][:4]}, r"rows has shape \(4,\), expected \(5,\)"),
+        ({"positions": right["rows"].float()}, r"positions is float32, expected int32 or int64"),
+        ({"q": right["q"].clone().requires_grad_()}, r"has no backward"),
+    ):
+        with pytest.raises(ValueError, match=f"^rope_into_cache: .*{message}"):
+            kernels.rope_into_cache(**{**right, **wrong})

@@ -92,6 +92,52 @@ def test_every_token_has_its_share_of_the_unit_interval(name: str, dtype: torch.
     assert tokens.equal(torch.searchsorted(expected.cumsum(0), uniform, right=True))
 
 
+def scattered(V: int) -> Tensor:
+    """Every part of the row has some of the highest scores."""
+    return draw(V, seed=8)
+
+
+def in_one_place(V: int) -> Tensor:
+    """All high scores side by side."""
+    x = draw(V, seed=9, spread=0.5)
+    x[200:240] += 9.0
+    return x
+
+
+def few(V: int) -> Tensor:
+    """Whole stretches that cannot be drawn; six ids are left."""
+    x = torch.full((V,), float("-inf"), device=DEVICE)
+    x[[3, 64, 127, 128, 500, 699]] = torch.tensor([1.0, 3.0, 2.0, 0.0, 2.5, 1.5], device=DEVICE)
+    return x
+
+
+def alike(V: int) -> Tensor:
+    """Three values only: ties within and between parts, at every rank."""
+    return torch.arange(V, device=DEVICE).float() % 3
+
+
+def one_each(V: int) -> Tensor:
+    """One high score in each chunk, no two the same."""
+    x = draw(V, seed=10, spread=0.1)
+    x[30::64] += 3.0 + torch.arange(11, device=DEVICE) / 4
+    return x
+
+
+@pytest.mark.parametrize("row", [scattered, in_one_place, few, alike, one_each])
+@pytest.mark.parametrize("top_k", [1, 6, 11, 12])
+def test_top_k_wherever_the_highest_are(row, top_k: int) -> None:
+    """The interpreter has eleven chunks here: k below, at and above their number."""
+    V, draws = 700, 3
+    logits = row(V)
+    uniform = ((torch.arange(draws) + 0.5) / draws).to(DEVICE)
+    for top_p in (1.0, 0.6):
+        if row is alike and top_p < 1:
+            continue  # which of equal logits top-p cuts is not the plain version's choice
+        tokens = sample(logits.expand(draws, V), uniform, top_k=top_k, top_p=top_p)
+        expected = plain(logits, top_k=top_k, top_p=top_p)
+        assert tokens.equal(torch.searchsorted(expected.cumsum(0), uniform, right=True))
+
+
 def test_chi_square() -> None:
     settings = {"temperature": 0.8, "top_k": 6, "top_p": 0.8}
     logits, draws = draw(40, seed=3, spread=1.0), 100

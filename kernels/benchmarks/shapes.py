@@ -180,6 +180,29 @@ def elementwise(quick: bool, byte: int) -> Iterator[Case]:
             8 * size,
             tunes=(("rope", "forward"),) if T >= 3 and B == 1 else (),
         )
+    for N in (3,) if quick else (1, 8, 32):
+
+        def tokens(N: int = N) -> Inputs:
+            cos, sin = ops.rope_tables(torch.arange(N)[None], C, 10_000.0, torch.float32)
+            caches = {
+                name: normal(N, 4 if quick else 1024, H, C) for name in ("k_cache", "v_cache")
+            }
+            return {
+                **{name: normal(N, H, C) for name in "qkv"},
+                **{"cos": cos[0], "sin": sin[0], **caches},
+                **{"rows": torch.arange(N), "positions": torch.full((N,), 3)},
+            }
+
+        yield Case(
+            "rope_into_cache",
+            f"{N} x {H} + {H} heads of {C}",
+            tokens,
+            kernels.rope_into_cache,
+            ops.rope_into_cache,
+            {"torch": ops.rope_into_cache},
+            "copy",
+            7 * N * H * C * byte,  # q, k and v; q and k turned, k and v in the cache
+        )
     D = 192 if quick else 11008
     for rows in (2,) if quick else (1, 32, 800):
         size = rows * D * byte

@@ -40,7 +40,7 @@ SEARCH: dict[str, dict[str, list[int]]] = {
     "linear_int8": SMALL,
     "linear_int4": {**SMALL, "BLOCK_K": [128]},
     "log_mel": {"BLOCK_F": [16, 32], "BLOCK_Q": [32, 64], "BLOCK_N": [16, 32], "num_warps": [4, 8]},
-    "sample": {"BLOCK": [4096, 8192, 16384], "num_warps": [8, 16, 32]},
+    "sample": {"CHUNK": [256, 512, 1024], "TILE": [8, 16, 32], "num_warps": [8, 16, 32]},
 }
 # What the interpreter runs with, to see that every step of the search works.
 FEW = 2

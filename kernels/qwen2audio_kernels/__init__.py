@@ -23,6 +23,7 @@ OPS = {
     "layer_norm": "layer_norm",
     "add_layer_norm": "layer_norm",
     "rope": "rope",
+    "rope_into_cache": "rope",
     "swiglu": "swiglu",
     "gelu": "gelu",
     "bias_gelu": "gelu",
