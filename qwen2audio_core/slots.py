@@ -10,9 +10,8 @@ the stop flags on. It takes nothing from the host and gives nothing to it, so on
 CUDA graph for each number of rows and longest length. On a CPU the same function simply runs. A row
 that has ended is computed and changes nothing.
 
-A short prompt, and a short clip, would keep a GPU waiting for Python too: alone they are read by a
-graph for the next multiple of 64 positions. What stands behind their end is computed, and read by
-nobody.
+A short prompt, and a clip, would keep a GPU waiting for Python too: alone they are read by a graph
+for the next multiple of 64 positions. What stands behind their end is computed, and read by nobody.
 """
 
 import threading
@@ -43,7 +42,6 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)  # of recorded steps; fewer conversations run in
 SHORTEST = 256  # positions that the shortest recorded step attends over; then every power of two
 UNIT = 64  # what recorded prompts and clips are rounded up to
 LONGEST_PROMPT = 256  # ids; of longer ones the arithmetic takes longer than Python
-LONGEST_CLIP = 512  # frames of the encoder, 10.24 s
 
 Saved = list[Tensor]  # what SlotCache.save returns
 
@@ -348,15 +346,15 @@ class Slots:
         self._readings: dict[tuple[str, int], Callable[[], None]] = {}
         if record is not None:
             audio = model.config.audio
+            frames = audio.max_source_positions
             self._prompt = torch.zeros(
                 1, LONGEST_PROMPT, text.hidden_size, dtype=dtype, device=device
             )
             self._entering = state(2)  # its row, and its last position
             self._prompt_logits = torch.zeros(1, text.vocab_size, dtype=dtype, device=device)
-            self._mel = torch.zeros(1, audio.num_mel_bins, 2 * LONGEST_CLIP + 1, device=device)
+            self._mel = torch.zeros(1, audio.num_mel_bins, 2 * frames + 1, device=device)
             self._frames = state(1)  # of the clip
-            shape = (LONGEST_CLIP // 2, text.hidden_size)
-            self._heard = torch.zeros(shape, dtype=dtype, device=device)
+            self._heard = torch.zeros(frames // 2, text.hidden_size, dtype=dtype, device=device)
 
     # --- a conversation enters, moves and leaves --------------------------------------------------
 
@@ -673,7 +671,7 @@ class Slots:
         bins = self.model.config.audio.num_mel_bins
         mels = [log_mel(clip.to(self.device), bins) for clip in clips]
         frames = [clip_lengths(len(clip)).conv_frames for clip in clips]
-        if self._record is not None and len(clips) == 1 and frames[0] <= LONGEST_CLIP:
+        if self._record is not None and len(clips) == 1:
             return self._encode_recorded(mels[0], frames[0])
         varlen = self._ends(frames)
 
@@ -695,8 +693,8 @@ class Slots:
         return self._row_numbers.new_tensor([0, *accumulate(frames)]), max(frames)
 
     def _encode_recorded(self, mel: Tensor, frames: int) -> Tensor:
-        """The same for the log-mel (M, F) of one clip of no more than LONGEST_CLIP frames."""
-        count = padded(frames)
+        """The same for the log-mel (M, F) of one clip."""
+        count = min(padded(frames), self.model.config.audio.max_source_positions)
         self._mel[0, :, : mel.shape[1]] = mel
         self._mel[0, :, mel.shape[1] : 2 * count + 1] = 0
         self._frames.fill_(frames)

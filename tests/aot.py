@@ -53,6 +53,7 @@ COLUMNS = (
     "spill_bytes",
     "matrix_instructions",
     "scalar_dots",
+    "waits",
     "triton",
 )
 TARGETS = {
@@ -170,10 +171,19 @@ def flawed_kernel(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + across[:, None] * BLOCK + across[None, :], y)
 
 
+@triton.jit
+def hasty_kernel(x_ptr, OVERLAP: tl.constexpr):
+    """May start before the one in front of it has ended, and reads what that one writes."""
+    x = tl.load(x_ptr)
+    _launch.begin(OVERLAP)
+    tl.store(x_ptr, x + 1)
+
+
 FLAWED = {
     "flawed": lambda: _launch.launch(
         flawed_kernel, (1,), t(64, 64, dtype=torch.float32), BLOCK=64, num_warps=1
-    )
+    ),
+    "hasty": lambda: _launch.launch(hasty_kernel, (1,), t(1, dtype=torch.float32)),
 }
 
 
@@ -183,6 +193,7 @@ def launches(call: Callable[[], Any], arch: str) -> Iterator[tuple[Any, dict[str
 
     def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **keywords: Any) -> None:
         assert 0 not in grid, f"{kernel.__name__}: empty grid {grid}"
+        keywords |= _launch.overlap(kernel, arch)
         by_name = dict(zip(kernel.arg_names, arguments, strict=False))
         options = {k: v for k, v in keywords.items() if k not in kernel.arg_names}
         by_name |= {k: v for k, v in keywords.items() if k in kernel.arg_names}
@@ -252,17 +263,35 @@ def specialise(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
+def waits_first(sass: str) -> bool:
+    """Whether a kernel waits for the one in front of it before it reads or writes any memory.
+
+    What it asks the cache to fetch (CCTL) is no read: it gets no value.
+    """
+    made = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", sass)
+    memory = ("LD", "ST", "ATOM", "RED", "UTMA", "UBLK")
+    constant = ("LDC", "LDCU", "LDS", "LDSM", "STS")  # arguments, and the program's own memory
+    touched = [i for i, op in enumerate(made) if op.startswith(memory) and op not in constant]
+    return "ACQBULK" in made and made.index("ACQBULK") < min(touched, default=len(made))
+
+
 def measure(case: str, kernel: Any, source: ASTSource, options: dict, arch: str) -> dict[str, str]:
     """Compile one kernel for one architecture; one row of the table."""
     compiled = triton.compile(source, target=TARGETS[arch], options=options)
+    waits = ""
     if arch.startswith("sm_"):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
             tool = triton.knobs.nvidia.cuobjdump.path
-            usage = subprocess.run(
-                [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
-            ).stdout
+
+            def dump(what: str) -> str:
+                command = [tool, what, file.name]
+                return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+            usage = dump("-res-usage")
+            if options.get("launch_pdl"):
+                waits = "first" if waits_first(dump("-sass")) else "late"
         registers = int(re.search(r"REG:(\d+)", usage)[1])
         spill = int(re.search(r"STACK:(\d+)", usage)[1])
         matrix = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
@@ -283,6 +312,7 @@ def measure(case: str, kernel: Any, source: ASTSource, options: dict, arch: str)
         spill,
         f"{len(matrix)} {matrix[0]}" if matrix else "",
         len(scalar),
+        waits,
         triton.__version__,
     )
     return dict(zip(COLUMNS, map(str, values), strict=True))

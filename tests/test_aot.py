@@ -62,6 +62,8 @@ def problems(row: Row) -> list[str]:
         found.append(f"{row['scalar_dots']} dots did not become matrix instructions")
     if int(row["shared_bytes"]) > SHARED_LIMIT[row["arch"]]:
         found.append(f"takes {row['shared_bytes']} bytes of shared memory")
+    if row["waits"] == "late":
+        found.append("touches memory before the kernel in front of it has ended")
     return found
 
 
@@ -90,6 +92,19 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled: list[Row]) ->
     assert not missing, f"add a call to CASES in tests/aot.py: {sorted(missing)}"
 
 
+def test_the_kernels_of_a_step_overlap(compiled: list[Row]) -> None:
+    """From Hopper on; a kernel in between that does not would be waited for."""
+    step = {
+        *("rms_norm_fwd_kernel", "linear_fwd_kernel", "linear_reduce_kernel"),
+        *("rope_into_cache_kernel", "decode_attention_part_kernel", "decode_attention_join_kernel"),
+        *("sample_scores_kernel", "sample_draw_kernel"),
+    }
+    assert {row["kernel"] for row in compiled if row["waits"]} == step
+    for row in compiled:
+        able = row["kernel"] in step and row["arch"] in ("sm_90", "sm_100")
+        assert row["waits"] == ("first" if able else ""), row
+
+
 def test_the_table_is_current(compiled: list[Row]) -> None:
     table = recorded()
     if table[0]["triton"] != compiled[0]["triton"]:
@@ -108,9 +123,10 @@ def test_masked_and_whole_blocks_of_attention_round_alike() -> None:
 
 def test_the_checks_reject_a_flawed_kernel() -> None:
     found = [problem for row in compile_ahead("--flawed") for problem in problems(row)]
-    assert len(found) == 2
+    assert len(found) == 3
     assert "spills" in found[0]
     assert "did not become matrix instructions" in found[1]
+    assert "touches memory before" in found[2]
 
 
 @pytest.mark.parametrize(("another", "most"), [(False, 0), (True, FEW_BYTES)])
@@ -127,6 +143,7 @@ def test_the_checks_reject_too_much_shared_memory() -> None:
         "triton": "",
         "spill_bytes": "0",
         "scalar_dots": "0",
+        "waits": "",
         "shared_bytes": "65537",
     }
     assert problems({**row, "arch": "gfx942"}) == ["takes 65537 bytes of shared memory"]

@@ -443,14 +443,14 @@ def test_a_recorded_clip_is_heard_as_it_is_unrecorded(device):
     with torch.inference_mode():
         plain, slots = (recording_slots(model, device) for _ in range(2))
         plain._record = None
-        for i, frames in enumerate((512, 2, 63, 64, 65, 127, 128, 3, 513, 510)):
+        for i, frames in enumerate((512, 2, 63, 64, 65, 1500, 127, 128, 1473, 3)):
             clip = noise(i, frames * 320 / 16000)[0]
             assert clip_lengths(len(clip)).conv_frames == frames
             heard = slots.encode([clip])
             torch.testing.assert_close(heard, plain.encode([clip]))
             assert len(heard) == frames // 2
             heard.fill_(7.0)  # the caller's own
-        assert sorted(slots._readings) == [("clip", n) for n in (64, 128, 512)]
+        assert sorted(slots._readings) == [("clip", n) for n in (64, 128, 512, 1500)]
 
 
 @pytest.mark.parametrize("device", ON)
@@ -1287,6 +1287,40 @@ def test_graphs_are_batch_invariant(assistant, dtype):
 def run_to_end_ids(slots, jobs):
     slots.step = watch(slots)
     return run_to_end(slots, jobs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantised", [None, "int8", "int4"])
+def test_kernels_that_overlap_change_no_bit(monkeypatch, assistant, quantised):
+    """Steps of kernels that start before the one in front has ended, and of ones that do not."""
+    from qwen2audio_kernels import _launch
+
+    model = load("random", device="cuda", dtype=torch.bfloat16, quantize=quantised).model
+    prompts = mixed(assistant, 6)
+    overlap = _launch.overlap
+
+    def answered():
+        found = []
+        slots = Slots(
+            model, 6, 1024, kernels=backends.triton_kernels(),
+            record=record_graph(torch.device("cuda")),
+        )  # fmt: skip
+        with torch.inference_mode():
+            for _ in range(20):
+                jobs = [job_of(prompt, DRAWN, seed=3) for prompt in prompts]
+                found.append([ids for ids, _ in run_to_end_ids(slots, jobs)])
+                for row in range(6):
+                    slots.clear(row)
+        return found
+
+    def one_after_the_other(kernel, arch):
+        return {"OVERLAP": False} if overlap(kernel, arch) else {}
+
+    together = answered()
+    monkeypatch.setattr(_launch, "overlap", one_after_the_other)
+    apart = answered()
+    assert together == apart
+    assert all(ids == together[0] for ids in together)
 
 
 # --- models that were changed ---------------------------------------------------------------------

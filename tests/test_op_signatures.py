@@ -71,3 +71,23 @@ def test_without_a_gpu_or_triton_it_says_why_not() -> None:
     hidden = "import importlib.util as u; f = u.find_spec; "
     hidden += "u.find_spec = lambda name: None if name == 'triton' else f(name); "
     assert "triton is not installed" in run(hidden + ask)
+
+
+@pytest.mark.parametrize(
+    ("arch", "able"),
+    [
+        ("sm_80", False),
+        ("sm_90", True),
+        ("sm_120", True),
+        ("gfx942", False),
+        ("interpreter", False),
+    ],
+)
+def test_which_gpus_overlap_kernels(arch: str, able: bool) -> None:
+    from qwen2audio_kernels import _launch
+    from qwen2audio_kernels.linear import linear_fwd_kernel
+    from qwen2audio_kernels.swiglu import swiglu_fwd_kernel
+
+    expected = {"OVERLAP": True, "launch_pdl": True} if able else {"OVERLAP": False}
+    assert _launch.overlap(linear_fwd_kernel, arch) == expected
+    assert _launch.overlap(swiglu_fwd_kernel, arch) == {}

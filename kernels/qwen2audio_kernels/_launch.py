@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -158,6 +159,32 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+# --- overlap ------------------------------------------------------------------------------------
+
+# A step of decoding is some three hundred kernels of ten microseconds, each of which waits for the
+# last program of the one in front of it. From sm_90 on a GPU can start the next one's programs in
+# the places that become free meanwhile (programmatic dependent launch); they wait where they say.
+
+
+@triton.jit
+def begin(OVERLAP: tl.constexpr):
+    """The first line of a kernel that takes OVERLAP, before it reads or writes anything.
+
+    Everything in front of this kernel has ended behind it, and the next one may be started.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def overlap(kernel: Any, arch: str) -> dict[str, bool]:
+    """Launch options of a kernel that may start before the one in front of it has ended."""
+    if "OVERLAP" not in kernel.arg_names:
+        return {}
+    able = arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
+    return {"OVERLAP": able, "launch_pdl": True} if able else {"OVERLAP": False}
+
+
 # --- launch -------------------------------------------------------------------------------------
 
 
@@ -171,6 +198,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     if 0 in grid:
         return
     device = arguments[0].device
+    options |= overlap(kernel, arch(device))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*arguments, enable_fp_fusion=True, **options)

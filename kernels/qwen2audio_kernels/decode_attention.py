@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
+from ._launch import begin
 
 LOG2_E = math.log2(math.e)
 
@@ -52,7 +53,9 @@ def decode_attention_part_kernel(
     stride_qb, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
     stride_scale, S, G, groups, scale,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     head, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, end = _range(lengths_ptr, key_start_ptr, row, S)
     first = start + part * SPLIT
@@ -100,7 +103,9 @@ def decode_attention_join_kernel(
     y_ptr,  # (B, H, C)
     S, parts,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     head, row = tl.program_id(0), tl.program_id(1)
     start, end = _range(lengths_ptr, key_start_ptr, row, S)
     used = tl.maximum(end - start + SPLIT - 1, 0) // SPLIT

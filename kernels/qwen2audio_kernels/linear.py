@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
+from ._launch import begin
 
 GROUP = 128  # inputs that share a scale and zero in int4
 
@@ -137,6 +138,23 @@ def _finish(
 
 
 @triton.jit
+def _fetch(w_ptr, outputs, first, last, stride_w, BITS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Ask for a program's first two blocks of the weight to be brought into the GPU's cache.
+
+    It reads no value: this may be done before `begin`, whoever wrote the weight.
+    """
+    inputs: tl.constexpr = 8 // BITS if BITS == 4 else 1  # that one element of w holds
+    line: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
+    lines: tl.constexpr = max(2 * BLOCK_K // inputs // line, 1)
+    columns = tl.minimum(first // inputs + tl.arange(0, lines) * line, last // inputs - 1)
+    pointers = w_ptr + outputs[:, None].to(tl.int64) * stride_w + columns[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def linear_fwd_kernel(
     x_ptr,  # (M, K)
     w_ptr,  # (N, K), or (2 N, K) where SWIGLU; (.., K/2) for int4
@@ -148,6 +166,7 @@ def linear_fwd_kernel(
     M, N, K, split, stride_x, stride_w, stride_r,
     BITS: tl.constexpr, SWIGLU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # Programs of the same outputs start together: they share the weight in the cache.
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -159,6 +178,11 @@ def linear_fwd_kernel(
     width = N  # outputs before the gate
     if SWIGLU:
         width = 2 * N
+    if OVERLAP:
+        _fetch(w_ptr, weights, first, last, stride_w, BITS, BLOCK_K)
+        if SWIGLU:
+            _fetch(w_ptr, weights + N, first, last, stride_w, BITS, BLOCK_K)
+    begin(OVERLAP)
     y = _multiply(
         x_ptr, w_ptr, scale_ptr, readable, weights, width, K, first, last, stride_x, stride_w,
         BITS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
@@ -188,8 +212,10 @@ def linear_reduce_kernel(
     parts_ptr,  # (splits, M, N) float32, twice as wide where SWIGLU
     scale_ptr, bias_ptr, residual_ptr, y_ptr, M, N, stride_r,
     SPLITS: tl.constexpr, BITS: tl.constexpr, SWIGLU: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Add the parts in their order, then the epilogue."""
+    begin(OVERLAP)
     rows = tl.program_id(0) + tl.arange(0, 1)
     outputs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     width = N

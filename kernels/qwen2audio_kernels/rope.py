@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _launch
+from ._launch import begin
 
 
 @triton.jit
@@ -192,7 +193,9 @@ def rope_into_cache_kernel(
     stride_kscale_b, stride_kscale_s, stride_vscale_b, stride_vscale_s,
     q_heads, k_heads, half,
     BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     q_blocks, k_blocks = tl.cdiv(q_heads, BLOCK_HEADS), tl.cdiv(k_heads, BLOCK_HEADS)

@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
+from ._launch import begin
 
 
 @triton.jit
@@ -114,7 +115,9 @@ def sample_scores_kernel(
     first_ptr,  # (B, chunks) int32, first id with the highest score
     V, stride_l, stride_s,
     CHUNK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     index = row * tl.num_programs(0) + chunk
@@ -139,7 +142,9 @@ def sample_draw_kernel(
     token_ptr,  # (B,) int64
     V, chunks,
     CHUNK: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     scores_ptr += row * chunks * CHUNK
     number = tl.arange(0, CHUNKS)
