@@ -21,6 +21,7 @@ from qwen2audio_core.generate import Generation
 from qwen2audio_core.linear import Linear, why_not_packed
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.quantize import SCHEMES, Scheme
+from qwen2audio_core.reuse import Fingerprint
 from qwen2audio_core.sampling import Likelihood, Settings
 from qwen2audio_core.tokenizer import TextStream, Tokenizer
 
@@ -37,6 +38,7 @@ class Reply:
     finish_reason: str = ""  # "stop": end token or stop string; "length": max_new_tokens or context
     seconds: dict[str, float] = field(default_factory=dict)  # encode, prefill, decode of its batch
     logprobs: list[Likelihood] = field(default_factory=list)  # of each id, where asked for
+    reused: int = 0  # ids of the prompt that the turn before had read
 
     def __str__(self) -> str:
         return self.text
@@ -55,7 +57,7 @@ class Stream:
 
     def __init__(self, run: Generation, replies: list[Reply], writers: list["StopWriter"]):
         self.replies = replies
-        self._run = run
+        self.run = run
         self._writers = writers
 
     def __iter__(self) -> Iterator[str]:
@@ -68,22 +70,22 @@ class Stream:
 
     @property
     def events(self) -> Iterator[tuple[int, str]]:
-        while self._run.running:
-            for row, token in self._run.step():
+        while self.run.running:
+            for row, token in self.run.step():
                 writer, answer, reply = (
                     self._writers[row],
-                    self._run.answers[row],
+                    self.run.answers[row],
                     self.replies[row],
                 )
                 piece = writer.push(token)
                 if answer.finish_reason or writer.stopped:
                     piece += writer.finish()
                 if writer.stopped:
-                    self._run.finish(row)
+                    self.run.finish(row)
                 reply.text += piece
                 reply.ids, reply.finish_reason = answer.ids, answer.finish_reason
                 reply.logprobs = answer.logprobs
-                reply.seconds = self._run.seconds
+                reply.seconds = self.run.seconds
                 if piece:
                     yield row, piece
 
@@ -187,10 +189,18 @@ class Assistant:
         """Like `ask`, but returns the Stream of the answer's pieces."""
         return self.stream_messages([user_turn(text, audio)], **options)
 
-    def stream_messages(self, messages: Sequence[Message], **options: Any) -> Stream:
-        """Answer a conversation, [{"role": ..., "content": ...}, ...] as chat.encode takes it."""
+    def stream_messages(
+        self, messages: Sequence[Message], latest: "Latest | None" = None, **options: Any
+    ) -> Stream:
+        """Answer a conversation, [{"role": ..., "content": ...}, ...] as chat.encode takes it.
+
+        latest  keeps what was read, for the next turn; None does not
+        """
         encoding = {key: options.pop(key) for key in ("system", "long", "notice") if key in options}
-        return self.stream_prompts([self.encode(messages, **encoding)], **options)
+        prompt = self.encode(messages, **encoding)
+        if latest is None:
+            return self.stream_prompts([prompt], **options)
+        return latest.answer(self, prompt, **options)
 
     def complete(self, text: str, audio: Any = None, **options: Any) -> Reply:
         """Continue a raw prompt, as the base model is used: no template, placeholders in the text.
@@ -253,25 +263,61 @@ class Assistant:
         seed: int | None = None,
         stop: str | Sequence[str] | None = (),
         logprobs: int | None = None,
+        after: Stream | None = None,
         **changes: Any,
     ) -> Stream:
-        """Answer encoded prompts in one batch: all answers to the first, then to the second, ..."""
+        """Answer encoded prompts in one batch: all answers to the first, then to the second, ...
+
+        after  as in generate.Generation; Latest sees to it
+        """
         settings = change(self.settings, **changes)
         bins = self.model.config.audio.num_mel_bins
         batch = chat.collate(prompts, settings.pad_token_id, num_mel_bins=bins, device=self.device)
         writers = [StopWriter(self.tokenizer, stop) for _ in range(len(prompts) * answers)]
-        run = Generation(self.model, batch, settings, answers, seed, logprobs)
-        replies = [Reply(prompts[row // answers]) for row in range(len(run.answers))]
+        before = None if after is None else after.run
+        run = Generation(self.model, batch, settings, answers, seed, logprobs, before)
+        rows = range(len(run.answers))
+        replies = [Reply(prompts[row // answers], reused=run.reused) for row in rows]
         return Stream(run, replies, writers)
 
 
+class Latest:
+    """The last answer, kept for the next one: what both prompts begin with is not read again, as
+    long as the model is what it was. Until `forget` its keys and values stay in memory, 0.5 MB a
+    token in the published shape and bfloat16.
+    """
+
+    def __init__(self) -> None:
+        self._stream: Stream | None = None
+        self._model: Fingerprint | None = None
+
+    def answer(self, assistant: Assistant, prompt: Prompt, **options: Any) -> Stream:
+        """Assistant.stream_prompts, for one prompt."""
+        before, was = self._stream, self._model
+        self.forget()  # should there be no memory for both, the next try has it
+        now = Fingerprint(assistant.model)
+        if was is None or not was.is_of(now):
+            before = None
+        self._stream = assistant.stream_prompts([prompt], after=before, **options)
+        self._model = now
+        return self._stream
+
+    def forget(self) -> None:
+        """Give its memory back."""
+        self._stream = self._model = None
+
+
 class Chat:
-    """A conversation. `messages` is the whole of it, in the form that chat.encode takes."""
+    """A conversation. `messages` is the whole of it, in the form that chat.encode takes.
+
+    A turn reads what is new since the last one (Latest); Reply.reused tells how much was not.
+    """
 
     def __init__(self, assistant: Assistant, system: str | None = None):
         self.assistant = assistant
         self.system = system
         self.messages: list[Message] = []
+        self.latest = Latest()
 
     def say(self, text: str | None = None, audio: Any = None, **options: Any) -> Reply:
         """Take a turn; returns the answer and remembers both."""
@@ -295,6 +341,7 @@ class Chat:
     def clear(self) -> None:
         """Forget every turn; the system prompt stays."""
         self.messages.clear()
+        self.latest.forget()
 
 
 class Turn:
@@ -306,7 +353,7 @@ class Turn:
         options.setdefault("system", chat.system)
         self._chat = chat
         self._messages = [*before, message]
-        self._stream = chat.assistant.stream_messages(self._messages, **options)
+        self._stream = chat.assistant.stream_messages(self._messages, chat.latest, **options)
 
     @property
     def reply(self) -> Reply:

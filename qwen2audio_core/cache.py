@@ -51,6 +51,12 @@ class KVCache:
         """Count `tokens` more positions as filled."""
         self.length += tokens
 
+    def take(self, other: "KVCache", length: int) -> None:
+        """Begin with a copy of the first positions of another one, of as many rows, unpadded."""
+        self.keys[:, :, :length] = other.keys[:, :, :length]
+        self.values[:, :, :length] = other.values[:, :, :length]
+        self.length = length
+
     def select(self, rows: Tensor) -> None:
         """Keep the rows (n,) of the batch, in that order; a row may be taken several times."""
         self.keys = self.keys[:, rows]

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -11,6 +11,7 @@ from qwen2audio_core.cache import KVCache
 from qwen2audio_core.chat import Batch, room
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.reuse import Read, shared
 from qwen2audio_core.sampling import Likelihood, Settings, check_seed, choose, log_probabilities
 
 
@@ -36,6 +37,9 @@ class Generation:
              The prompt and its clips are read once.
     seed     for sampling; None draws from PyTorch's global generator
     logprobs also write down each id's Likelihood, with so many alternatives; None does not
+    after    the run of one conversation, for one that may be its next turn: what both begin with is
+             not read again, and `reused` says how many ids that are. The model must be what it was
+             then, see reuse.Fingerprint
     seconds  how long it took so far: {"encode", "prefill", "decode"}
     """
 
@@ -47,6 +51,7 @@ class Generation:
         answers: int = 1,
         seed: int | None = None,
         logprobs: int | None = None,
+        after: "Generation | None" = None,
     ):
         if answers < 1:
             raise InputError(f"answers is {answers}, it must be at least 1")
@@ -69,20 +74,31 @@ class Generation:
             model.config.text, ids.shape[0], ids.shape[1] + self.budget - 1, device, weight.dtype
         )
         self.cache = cache
+        self._prompt = Read(ids[0].tolist(), batch.mel, batch.conv_frames)
+        self.reused, heard = 0, 0  # ids that are in the cache already, and clips among them
+        if after is not None and len(after.history) == len(ids) == 1:
+            self.reused, heard = shared(after.read, self._prompt, model.config.audio_token_id)
+            cache.take(after.cache, self.reused)
         self.seconds = {"encode": 0.0, "prefill": 0.0, "decode": 0.0}
         with torch.inference_mode():
             with self._timed("encode"):
-                x = model.embed(ids, batch.mel, batch.conv_frames)
+                x = model.embed(ids[:, self.reused :], *self._prompt.clips(heard))
             with self._timed("prefill"):
-                self.logits = model.decode(x, mask, cache, last_only=True)[:, 0]
+                padding = None if self.reused else mask
+                self.logits = model.decode(x, padding, cache, last_only=True)[:, 0]
             # Padding must not count as a repetition: the row's last token stands in its place.
-            self.history = torch.where(mask != 0, ids, ids[:, -1:])
+            self.history: torch.Tensor = torch.where(mask != 0, ids, ids[:, -1:])
             if answers > 1:
                 rows = torch.arange(ids.shape[0], device=device).repeat_interleave(answers)
                 cache.select(rows)
                 self.logits, self.history = self.logits[rows], self.history[rows]
         self.answers = [Answer() for _ in range(len(self.logits))]
         self.written = 0
+
+    @property
+    def read(self) -> Read:
+        """What is in the cache of a run of one row, which is not padded."""
+        return replace(self._prompt, ids=self.history[0, : self.cache.length].tolist())
 
     @property
     def running(self) -> bool:

@@ -100,13 +100,13 @@ class _Packed:
         if not why_not_packed(weight):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
         self._source = weakref.ref(weight)
-        self._state = weight.data_ptr(), _version(weight)
+        self._state = weight.data_ptr(), version(weight)
 
     def is_of(self, weight: Tensor) -> bool:
-        return self._source() is weight and self._state == (weight.data_ptr(), _version(weight))
+        return self._source() is weight and self._state == (weight.data_ptr(), version(weight))
 
 
-def _version(weight: Tensor) -> int:
+def version(weight: Tensor) -> int:
     """Counts changes in place; tensors made in inference mode keep no such count."""
     return 0 if weight.is_inference() else weight._version
 

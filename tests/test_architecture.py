@@ -24,7 +24,18 @@ LAYERS = {
     **dict.fromkeys(("cache", "linear", "encoder", "projector", "decoder"), 1),
     "model": 2,
     **dict.fromkeys(
-        ("weights", "saving", "quantize", "packing", "tokenizer", "chat", "sampling", "backends"), 3
+        (
+            "weights",
+            "saving",
+            "quantize",
+            "packing",
+            "tokenizer",
+            "chat",
+            "sampling",
+            "backends",
+            "reuse",
+        ),
+        3,
     ),
     **dict.fromkeys(("generate", "prefix_cache", "slots", "engine", "tiny"), 4),
     **dict.fromkeys(("points", "probe", "layout", "attribution", "word_times"), 4),

@@ -29,6 +29,7 @@ import pytest
 import torch
 
 from qwen2audio_core import assistant, audio, cli, install, tiny
+from qwen2audio_core.assistant import Latest
 from qwen2audio_core.errors import AudioError, InputError
 from qwen2audio_core.frontend import log_mel
 from qwen2audio_core.web import guard, pictures, server, views
@@ -458,7 +459,7 @@ def test_remove_and_clear_remove_the_files(page, sessions):
 
 def test_limits_of_a_turn(model, worker, tmp_path):
     limits = Limits(upload_bytes=100_000, seconds=5.0, clips=3)
-    page = Session(model, worker, tmp_path / "page", limits)
+    page = Session(model, worker, tmp_path / "page", limits, Latest())
     page.add(BELL)
     with pytest.raises(AudioError, match=r"longer than the 2\.5 s allowed here"):
         page.add(TRAIN)  # 2.5 and 3.4 s
@@ -544,6 +545,24 @@ def test_pages_do_not_know_of_each_other(sessions):
     assert len(files(sessions.folder)) == 2
     with pytest.raises(InputError, match="which page"):
         sessions.of(None)
+
+
+def test_a_turn_is_not_read_from_the_beginning(sessions, model):
+    """As long as no other page asks meanwhile; and nothing is taken for what another one said."""
+    one, two = sessions.of("one"), sessions.of("two")
+    for page, clip in ((one, BELL), (one, None), (two, TRAIN), (one, None), (two, None)):
+        if clip:
+            page.add(clip)
+        page.ask("What is that?", **SHORT)
+        finish(page)
+    assert [bool(turn.reply.reused) for turn in one.turns] == [False, True, True]
+    assert one.turns[1].reply.reused > one.turns[2].reply.reused  # that one shares the beginning
+    for page in (one, two):
+        messages = [message for turn in page.turns for message in turn.messages()]
+        whole = model.stream_messages(messages[:-1], **SHORT).finished()[0]
+        assert page.turns[-1].answer == whole.text
+    one.clear()
+    assert sessions._latest._stream is None
 
 
 def test_a_page_that_is_left_frees_the_model_and_is_forgotten(model, worker, tmp_path):

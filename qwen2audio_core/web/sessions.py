@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from qwen2audio_core import audio
-from qwen2audio_core.assistant import Assistant, Message, Reply, change, user_turn
+from qwen2audio_core.assistant import Assistant, Latest, Message, Reply, change, user_turn
 from qwen2audio_core.errors import AudioError, InputError
 from qwen2audio_core.frontend import SAMPLE_RATE, clip_lengths
 from qwen2audio_core.web import pictures
@@ -81,8 +81,16 @@ class Turn:
 class Session:
     """One page: its turns, the clips that wait for the next one, and the answer being written."""
 
-    def __init__(self, assistant: Assistant, worker: Worker, folder: Path, limits: Limits):
+    def __init__(
+        self,
+        assistant: Assistant,
+        worker: Worker,
+        folder: Path,
+        limits: Limits,
+        latest: Latest,
+    ):
         self.assistant = assistant
+        self.latest = latest
         self.worker = worker
         self.folder = folder
         self.limits = limits
@@ -192,6 +200,7 @@ class Session:
         with self._lock:
             self.stop()
             self.turns, self.clips = [], []
+            self.latest.forget()  # whosever it is
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _must_be_free(self) -> None:
@@ -221,8 +230,8 @@ class Session:
 
         def work(job: Job) -> None:
             try:
-                stream = self.assistant.stream_prompts(
-                    [prompt], seed=seed, logprobs=ALTERNATIVES, **given
+                stream = self.latest.answer(
+                    self.assistant, prompt, seed=seed, logprobs=ALTERNATIVES, **given
                 )
                 turn.reply = stream.reply
                 for piece in stream:
@@ -260,6 +269,7 @@ class Sessions:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
+        self._latest = Latest()  # one for all pages: memory for one conversation
         self._known: dict[str, Session] = {}
         self._lock = threading.Lock()
 
@@ -273,7 +283,7 @@ class Sessions:
                 if len(self._known) >= self.limits.pages:
                     self._forget(min(self._known, key=lambda page: self._known[page].used))
                 folder = self.folder / f"page-{secrets.token_urlsafe(16)}"
-                session = Session(self.assistant, self.worker, folder, self.limits)
+                session = Session(self.assistant, self.worker, folder, self.limits, self._latest)
                 self._known[name] = session
             session.used, session.left = time.monotonic(), None
             return session
