@@ -7,6 +7,7 @@ Everything here is put together from the parts below it. People who change the m
     logits = model(batch.ids, batch.mel, batch.conv_frames, batch.attention_mask)
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -283,28 +284,43 @@ class Assistant:
 
 class Latest:
     """The last answer, kept for the next one: what both prompts begin with is not read again, as
-    long as the model is what it was. Until `forget` its keys and values stay in memory, 0.5 MB a
-    token in the published shape and bfloat16.
+    long as the model is what it was. Until then, or until `forget`, its keys and values stay in
+    memory: those of the prompt and of max_new_tokens, 0.5 MB a token in the published shape and
+    bfloat16. One thread may answer while others forget.
     """
 
     def __init__(self) -> None:
-        self._stream: Stream | None = None
-        self._model: Fingerprint | None = None
+        self._kept: tuple[Stream, Fingerprint] | None = None
+        self._forgotten = 0  # times
+        self._lock = threading.Lock()
 
     def answer(self, assistant: Assistant, prompt: Prompt, **options: Any) -> Stream:
         """Assistant.stream_prompts, for one prompt."""
-        before, was = self._stream, self._model
-        self.forget()  # should there be no memory for both, the next try has it
+        with self._lock:
+            kept, self._kept = self._kept, None  # should this fail, the next try has its memory
+            forgotten = self._forgotten
         now = Fingerprint(assistant.model)
-        if was is None or not was.is_of(now):
-            before = None
-        self._stream = assistant.stream_prompts([prompt], after=before, **options)
-        self._model = now
-        return self._stream
+        before = kept[0] if kept is not None and kept[1].is_of(now) else None
+        del kept
+        stream = None
+        try:
+            stream = assistant.stream_prompts([prompt], after=before, **options)
+        except torch.OutOfMemoryError:
+            if before is None:
+                raise
+        if stream is None:  # there is no room for both
+            del before
+            stream = assistant.stream_prompts([prompt], **options)
+        with self._lock:
+            if forgotten == self._forgotten:
+                self._kept = stream, now
+        return stream
 
     def forget(self) -> None:
         """Give its memory back."""
-        self._stream = self._model = None
+        with self._lock:
+            self._kept = None
+            self._forgotten += 1
 
 
 class Chat:

@@ -57,6 +57,11 @@ class KVCache:
         self.values[:, :, :length] = other.values[:, :, :length]
         self.length = length
 
+    def empty(self) -> None:
+        """Give its memory back. It holds nothing from then on."""
+        self.keys, self.values = (x.new_empty(0) for x in (self.keys, self.values))
+        self.length = 0
+
     def select(self, rows: Tensor) -> None:
         """Keep the rows (n,) of the batch, in that order; a row may be taken several times."""
         self.keys = self.keys[:, rows]

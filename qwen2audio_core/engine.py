@@ -288,9 +288,11 @@ class Engine:
         return [request.result() for request in requests]
 
     def forget(self) -> None:
-        """Empty the prefix cache. Call it when the model has changed, its weights or what fills its
-        op slots: what was read with the old one would go on serving the new one."""
+        """Empty the prefix cache, and record graphs anew. Call it when the model has changed, its
+        weights or what fills its op slots: what was read with the old one would go on serving the
+        new one."""
         self.prefixes = PrefixCache(self.prefixes.limit)  # what is being answered keeps to the old
+        self.slots.forget()
 
     def close(self) -> None:
         """Cancel what is left, end the thread, and give the model its op slots back. Called from

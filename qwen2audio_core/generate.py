@@ -39,7 +39,7 @@ class Generation:
     logprobs also write down each id's Likelihood, with so many alternatives; None does not
     after    the run of one conversation, for one that may be its next turn: what both begin with is
              not read again, and `reused` says how many ids that are. The model must be what it was
-             then, see reuse.Fingerprint
+             then, see reuse.Fingerprint. A run that is over gives its cache away here
     seconds  how long it took so far: {"encode", "prefill", "decode"}
     """
 
@@ -79,6 +79,8 @@ class Generation:
         if after is not None and len(after.history) == len(ids) == 1:
             self.reused, heard = shared(after.read, self._prompt, model.config.audio_token_id)
             cache.take(after.cache, self.reused)
+            if not after.running:
+                after.cache.empty()
         self.seconds = {"encode": 0.0, "prefill": 0.0, "decode": 0.0}
         with torch.inference_mode():
             with self._timed("encode"):

@@ -5,6 +5,7 @@ same, the keys and values that the last answer left serve again, if the model is
 The engine has a cache of its own for many conversations (prefix_cache.py).
 """
 
+import weakref
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -64,25 +65,43 @@ def shared(before: Read, now: Read, audio_token_id: int) -> tuple[int, int]:
 
 
 class Fingerprint:
-    """Everything in a model that its answers depend on, to be compared with what it is later.
+    """What a model's answers depend on, to be compared with what that is later.
 
-    Its tensors and what was changed in them in place, as far as PyTorch counts it (linear.py); the
-    functions in its op slots; a `forward` of an object's own; hooks, which may do anything: a model
-    with hooks is like no other.
+    Of every module: its class with all functions of it, its own attributes (op slots, an eps, a
+    `forward`), its place. Of every tensor: which it is, and what was changed in it in place as far
+    as PyTorch counts that (see linear.py). Hooks may do anything: a model with hooks is like no
+    other, nor like itself. It keeps no module and no tensor in memory.
     """
 
     def __init__(self, model: nn.Module):
         self._parts: list[Any] = []
+        kinds: dict[type, None] = {}
+        hooks = torch.nn.modules.module
+        watched = bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
         for module in model.modules():
-            own = vars(module)
-            self._parts += [own[name] for name in own if name.endswith("_op") or name == "forward"]
-            if module._forward_hooks or module._forward_pre_hooks:
-                self._parts.append(object())
+            kinds[type(module)] = None
+            self._parts += [_mark(module), type(module)]
+            self._parts += [_mark(one) for name, one in vars(module).items() if name[0] != "_"]
+            watched = watched or bool(module._forward_hooks or module._forward_pre_hooks)
+        for kind in kinds:
+            above = [one for one in kind.__mro__ if issubclass(one, nn.Module)]
+            self._parts += [part for one in above for part in vars(one).values()]
         for tensor in (*model.parameters(), *model.buffers()):
-            self._parts += [tensor, tensor.data_ptr(), version(tensor)]
+            place = 0 if tensor.is_mkldnn else tensor.data_ptr()
+            self._parts += [_mark(tensor), place, version(tensor)]
+        if watched:
+            self._parts.append(object())
 
     def is_of(self, other: "Fingerprint") -> bool:
         return all(
-            a is b or (isinstance(a, int) and a == b)
+            a is b or (isinstance(a, (int, float, str)) and type(a) is type(b) and a == b)
             for a, b in zip_longest(self._parts, other._parts, fillvalue=...)
         )
+
+
+def _mark(thing: Any) -> Any:
+    """The same for the same object, without keeping it; numbers and the like are their own mark."""
+    try:
+        return weakref.ref(thing)
+    except TypeError:
+        return thing

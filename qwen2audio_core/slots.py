@@ -11,7 +11,8 @@ CUDA graph for each number of rows and longest length. On a CPU the same functio
 that has ended is computed and changes nothing.
 
 A short prompt, and a clip, would keep a GPU waiting for Python too: alone they are read by a graph
-for the next multiple of 64 positions. What stands behind their end is computed, and read by nobody.
+for the next multiple of 64 positions, longer ones of 128 or 256. What stands behind their end is
+computed, and read by nobody.
 """
 
 import threading
@@ -31,7 +32,7 @@ from qwen2audio_core.config import TextConfig
 from qwen2audio_core.decoder import MLP, Attention, Decoder, DecoderLayer
 from qwen2audio_core.encoder import AudioEncoder, EncoderAttention, EncoderLayer
 from qwen2audio_core.errors import CheckpointError, InputError, PromptError
-from qwen2audio_core.frontend import clip_lengths, log_mel
+from qwen2audio_core.frontend import HOP_LENGTH, ClipLengths, clip_lengths, log_mel
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.packing import Projection, projection
 from qwen2audio_core.sampling import NOT_FINITE, Likelihood, Settings, choose, log_probabilities
@@ -40,7 +41,7 @@ MAX_ENDS = 16  # end tokens a conversation can have
 MAX_TOP = 20  # alternatives to a token whose log-probabilities can be asked for
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # of recorded steps; fewer conversations run in the next larger one
 SHORTEST = 256  # positions that the shortest recorded step attends over; then every power of two
-UNIT = 64  # what recorded prompts and clips are rounded up to
+UNIT = 64  # what recorded prompts and clips are rounded up to; longer ones to a multiple
 LONGEST_PROMPT = 256  # ids; of longer ones the arithmetic takes longer than Python
 
 Saved = list[Tensor]  # what SlotCache.save returns
@@ -354,7 +355,7 @@ class Slots:
             self._prompt_logits = torch.zeros(1, text.vocab_size, dtype=dtype, device=device)
             self._mel = torch.zeros(1, audio.num_mel_bins, 2 * frames + 1, device=device)
             self._frames = state(1)  # of the clip
-            self._heard = torch.zeros(frames // 2, text.hidden_size, dtype=dtype, device=device)
+            self._heard = torch.zeros(frames, text.hidden_size, dtype=dtype, device=device)
 
     # --- a conversation enters, moves and leaves --------------------------------------------------
 
@@ -437,10 +438,11 @@ class Slots:
 
     def _reading(self, what: str, count: int, read: Callable[[int], None]) -> None:
         """Run a recorded reading of `count` positions, which reads one thing to the same end."""
-        if (what, count) not in self._readings:
+        readings = self._readings  # `forget` may put another in its place
+        if (what, count) not in readings:
             assert self._record is not None
-            self._readings[what, count] = self._record(partial(read, count))
-        self._readings[what, count]()
+            readings[what, count] = self._record(partial(read, count))
+        readings[what, count]()
 
     def _place(self, job: Job) -> None:
         """Set a row's state for a job."""
@@ -469,12 +471,18 @@ class Slots:
 
     def clear(self, row: int) -> None:
         """Empty a slot. Until its next prefill it may be computed along with others."""
+        written = padded(self._known[row] + 1)  # by the step, and by a recorded prompt
         for tensor in self.cache.tensors:  # what it hid might not be finite
-            tensor[:, row, : self._known[row] + 1] = 0
+            tensor[:, row, :written] = 0
         self.failures.pop(row, None)
         self.ended[row] = True
         self.lengths[row] = self._known[row] = 0
         self._weighed[row] = False
+
+    def forget(self) -> None:
+        """Record anew what is needed again: the model has changed. Hooks, and what else an op does
+        in Python, happen while recording and not when that is replayed."""
+        self._recorded, self._readings = {}, {}
 
     # --- the step ---------------------------------------------------------------------------------
 
@@ -508,18 +516,19 @@ class Slots:
         while span < longest:
             span *= 2
         key = (rows, min(span, self.capacity), weigh)
-        if key not in self._recorded:
+        recorded = self._recorded
+        if key not in recorded:
             assert self._record is not None
             # Recording runs the step a few times: with every row ended, that changes nothing.
             ended = self.ended.clone()
             self.ended.fill_(True)
             try:
-                self._recorded[key] = self._record(
+                recorded[key] = self._record(
                     lambda: self._step(slice(0, rows), key[1], False, weigh)
                 )
             finally:
                 self.ended.copy_(ended)
-        self._recorded[key]()
+        recorded[key]()
 
     def _step(self, rows: slice, span: int, even: bool, weigh: bool = False) -> None:
         """One id in a range of rows, attending over the first `span` positions.
@@ -672,7 +681,7 @@ class Slots:
         mels = [log_mel(clip.to(self.device), bins) for clip in clips]
         frames = [clip_lengths(len(clip)).conv_frames for clip in clips]
         if self._record is not None and len(clips) == 1:
-            return self._encode_recorded(mels[0], frames[0])
+            return self._encode_recorded(mels[0], clip_lengths(len(clips[0])))
         varlen = self._ends(frames)
 
         def attend(attention_op: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -692,14 +701,15 @@ class Slots:
             return None
         return self._row_numbers.new_tensor([0, *accumulate(frames)]), max(frames)
 
-    def _encode_recorded(self, mel: Tensor, frames: int) -> Tensor:
+    def _encode_recorded(self, mel: Tensor, lengths: ClipLengths) -> Tensor:
         """The same for the log-mel (M, F) of one clip."""
-        count = min(padded(frames), self.model.config.audio.max_source_positions)
+        longest = self.model.config.audio.max_source_positions
+        count = min(padded(lengths.conv_frames), longest)
         self._mel[0, :, : mel.shape[1]] = mel
         self._mel[0, :, mel.shape[1] : 2 * count + 1] = 0
-        self._frames.fill_(frames)
+        self._frames.fill_(lengths.conv_frames)
         self._reading("clip", count, self._encode_clip)
-        return self._heard[: frames // 2].clone()
+        return self._heard[: lengths.audio_tokens].clone()
 
     def _encode_clip(self, count: int) -> None:
         """What stands in _mel as `count` frames, of which _frames are heard, to _heard."""
@@ -709,7 +719,12 @@ class Slots:
             return y
 
         x = self._convolve(self._mel[:, :, : 2 * count + 1], count)
-        self._heard[: count // 2] = self._project([self._listen(x, attend)])
+        rows = self._project([self._listen(x, attend)])
+        needed = clip_lengths(2 * count * HOP_LENGTH).audio_tokens
+        if len(rows) != needed:
+            line = f"the clips need {len(rows)} audio tokens where the prompts hold {needed}"
+            raise PromptError(line)
+        self._heard[:needed] = rows
 
     def _convolve(self, mel: Tensor, frames: int) -> Tensor:
         """mel (1, M, F) to the first `frames` frames of the encoder's input, (1, frames, Da)."""
@@ -744,8 +759,11 @@ class Slots:
 
 
 def padded(length: int) -> int:
-    """Positions of the recorded reading that holds so many."""
-    return -(-length // UNIT) * UNIT
+    """Positions of the recorded reading that holds so many: at most a quarter more above 256."""
+    unit = UNIT
+    while length > 8 * unit:
+        unit *= 2
+    return -(-length // unit) * unit
 
 
 def refuse_changed(model: Qwen2Audio) -> None:

@@ -181,6 +181,16 @@ def test_ties() -> None:
         assert sample(logits, uniform, top_p=1e-3).tolist() == [token]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"top_k": 5, "top_p": 0.5}])
+def test_a_row_without_a_number_gets_an_id_of_the_vocabulary(value: float, settings: dict) -> None:
+    logits = draw(2, 700)
+    logits[1] = value
+    tokens = sample(logits, 0.4, **settings)
+    assert 0 <= int(tokens[1]) < 700
+    assert tokens[0] == sample(logits[:1], 0.4, **settings)[0]
+
+
 def test_the_ends_of_the_unit_interval() -> None:
     logits = draw(1, 1000, seed=2)
     logits[0, 0] = float("-inf")

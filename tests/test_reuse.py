@@ -2,14 +2,17 @@
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
 
 from qwen2audio_core import assistant as assistants
-from qwen2audio_core import backends, ops
+from qwen2audio_core import backends, decoder, ops
 from qwen2audio_core.assistant import Latest, load
+from qwen2audio_core.packing import pack_codes
 from qwen2audio_core.reuse import Fingerprint, Read, shared
+from qwen2audio_core.training import lora
 
 AUDIO = 9
 
@@ -72,13 +75,15 @@ def test_sampling_goes_the_same_way(assistant):
 
 
 def test_only_what_is_new_is_computed(assistant):
-    talk = assistant.chat()
-    talk.say("one", [noise(1), noise(2)])
     heard, read = [], []
     model = assistant.model
     encode, decode = model.encode_audio, model.decode
     model.encode_audio = lambda mel, frames: heard.append(len(mel)) or encode(mel, frames)
     model.decode = lambda x, *rest, **more: read.append(x.shape[1]) or decode(x, *rest, **more)
+    talk = assistant.chat()
+    talk.say("one", [noise(1), noise(2)])
+    heard.clear()
+    read.clear()
     reply = talk.say("two", noise(3))
     assert heard == [1]
     assert read[0] == len(reply.prompt.ids) - reply.reused
@@ -127,10 +132,23 @@ def test_several_answers_and_batches_are_read_whole(assistant):
     prompt = assistant.encode([assistants.user_turn("one")])
     stream = assistant.stream_prompts([prompt])
     stream.finished()
+    assert not assistant.stream_prompts([prompt, prompt], after=stream).replies[0].reused
     assert assistant.stream_prompts([prompt], answers=2, after=stream).replies[0].reused
     several = assistant.stream_prompts([prompt], answers=2)
     assert not assistant.stream_prompts([prompt], after=several).replies[0].reused
-    assert not assistant.stream_prompts([prompt, prompt], after=stream).replies[0].reused
+
+
+def test_an_answer_goes_on_beside_the_next_one(assistant):
+    """As long as it is not over it keeps its cache; then it gives it to the next."""
+    talk = assistant.chat()
+    first = talk.stream("one", noise(1))
+    pieces = iter(first)
+    next(pieces)
+    assert talk.say("two", noise(2)).reused
+    for _ in pieces:
+        pass
+    alone = assistant.stream("one", noise(1)).finished()[0]
+    assert first.reply.ids == alone.ids
 
 
 # --- a model that has changed ---------------------------------------------------------------------
@@ -160,21 +178,82 @@ def a_forward_of_its_own(model):
     tower.forward = lambda *args: forward(*args) * 1.5
 
 
-@pytest.mark.parametrize(
-    "change",
-    [in_place, replaced, another_op, a_hook, a_forward_of_its_own],
-    ids=lambda f: f.__name__,
-)
+def an_adapter_turned_off(model):
+    for layer in lora.layers(model).values():
+        layer.enabled = False
+
+
+def another_eps(model):
+    model.language_model.model.layers[1].input_layernorm.eps = 1.0
+
+
+class Louder(decoder.MLP):
+    def forward(self, x):
+        return super().forward(x) * 1.5
+
+
+def another_class(model):
+    model.language_model.model.layers[1].mlp.__class__ = Louder
+
+
+class Around(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) * 1.5
+
+
+def another_module(model):
+    layer = model.language_model.model.layers[1]
+    layer.mlp = Around(layer.mlp)
+
+
+def a_function_of_the_model(model):
+    encode = model.encode_audio
+    model.encode_audio = lambda *args: encode(*args) * 1.5
+
+
+def a_function_of_a_class(model):
+    forward = decoder.MLP.forward
+    decoder.MLP.forward = lambda self, x: forward(self, x) * 1.5
+    return partial(setattr, decoder.MLP, "forward", forward)
+
+
+def a_hook_of_all(model):
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, y: y * 1.5 if isinstance(module, decoder.MLP) else y
+    )
+    return hook.remove
+
+
+CHANGES = [
+    *(in_place, replaced, another_op, a_hook, a_forward_of_its_own, an_adapter_turned_off),
+    *(another_eps, another_class, another_module, a_function_of_the_model),
+    *(a_function_of_a_class, a_hook_of_all),
+]
+HOOKS = (a_hook, a_hook_of_all)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_nothing_serves_a_model_that_has_changed(assistant, change):
+    model = assistant.model
+    if change is an_adapter_turned_off:
+        lora.add(model, lora.Settings(rank=4))
     talk = assistant.chat()
     talk.say("one", noise(1))
-    change(assistant.model)
-    reply = talk.say("two", logprobs=3)
-    assert not reply.reused
-    scores = assistant.stream_messages(talk.messages[:-1], logprobs=3).finished()[0].logprobs
-    assert reply.logprobs == scores
-    # It is what it was at the last turn; but of a hook nobody knows that.
-    assert bool(talk.say("three").reused) == (change is not a_hook)
+    undo = change(model)
+    try:
+        reply = talk.say("two", logprobs=3)
+        assert not reply.reused
+        scores = assistant.stream_messages(talk.messages[:-1], logprobs=3).finished()[0].logprobs
+        assert reply.logprobs == scores
+        # It is what it was at the last turn; but of a hook nobody knows that.
+        assert bool(talk.say("three").reused) == (change not in HOOKS)
+    finally:
+        if undo is not None:
+            undo()
 
 
 def test_what_was_put_back_serves_again(assistant):
@@ -194,21 +273,89 @@ def test_a_fingerprint_sees_what_is_missing(assistant):
     assert not before.is_of(Fingerprint(model))
 
 
+def test_a_quantised_model_before_and_after_an_engine_put_its_codes_in_order(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assistant = load("random", device="cpu", dtype=torch.bfloat16, quantize="int8")
+    talk = assistant.chat()
+    talk.say("one", max_new_tokens=3)
+    pack_codes(assistant.model)
+    for text in ("two", "three"):
+        reply = talk.say(text, max_new_tokens=3)
+        assert reply.ids
+    assert reply.reused
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 
 def test_what_is_kept_is_given_back(assistant):
     talk = assistant.chat()
     talk.say("one", noise(1))
-    assert talk.latest._stream is not None
-    kept = weakref.ref(talk.latest._stream.run.cache)
+    assert talk.latest._kept is not None
+    kept = weakref.ref(talk.latest._kept[0].run.cache)
     talk.say("two")
     gc.collect()
     assert kept() is None  # replaced by the next turn's
-    kept = weakref.ref(talk.latest._stream.run.cache)
+    kept = weakref.ref(talk.latest._kept[0].run.cache)
     talk.clear()
     gc.collect()
     assert kept() is None
+
+
+def test_nothing_of_a_model_is_kept(assistant):
+    model = assistant.model
+    talk = assistant.chat()
+    talk.say("one")
+    layer = model.language_model.model.layers[0]
+    gone = [weakref.ref(layer.mlp.up_proj.weight), weakref.ref(layer.self_attn)]
+    layer.mlp.up_proj.weight = torch.nn.Parameter(layer.mlp.up_proj.weight.detach().clone())
+    layer.self_attn = torch.nn.Identity()
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+
+
+def test_an_answer_that_is_over_gives_its_cache_away(assistant):
+    talk = assistant.chat()
+    talk.say("one")
+    cache = talk.latest._kept[0].run.cache
+    assert cache.keys.nbytes and cache.length
+    talk.say("two")
+    assert cache.keys.nbytes == cache.values.nbytes == cache.length == 0
+
+
+def test_without_room_for_both_it_is_read_from_the_beginning(assistant, monkeypatch):
+    talk = assistant.chat()
+    talk.say("one")
+    real = assistants.Generation
+
+    def crowded(*words):
+        if words[-1] is not None:  # the earlier run
+            raise torch.OutOfMemoryError("no room for both")
+        return real(*words)
+
+    monkeypatch.setattr(assistants, "Generation", crowded)
+    reply = talk.say("two")
+    assert not reply.reused
+    assert reply.ids == from_scratch(talk).ids
+
+
+def test_forgetting_while_another_thread_answers(assistant, monkeypatch):
+    latest = Latest()
+    prompt = assistant.encode([assistants.user_turn("one")])
+    real = assistants.Generation
+
+    def forgotten(*words):
+        run = real(*words)
+        latest.forget()  # as a page does that is cleared
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(assistants, "Generation", forgotten)
+        stream = latest.answer(assistant, prompt)
+    assert stream.finished()[0].ids
+    assert latest._kept is None
+    latest.answer(assistant, prompt)
+    assert latest._kept is not None
 
 
 def test_after_a_failure_the_memory_is_free(assistant, monkeypatch):
@@ -221,7 +368,7 @@ def test_after_a_failure_the_memory_is_free(assistant, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr(assistants, "Generation", full)
         talk.say("two")
-    assert talk.latest._stream is None
+    assert talk.latest._kept is None
     assert talk.say("two").ids == from_scratch(talk).ids
 
 

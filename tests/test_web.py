@@ -562,7 +562,7 @@ def test_a_turn_is_not_read_from_the_beginning(sessions, model):
         whole = model.stream_messages(messages[:-1], **SHORT).finished()[0]
         assert page.turns[-1].answer == whole.text
     one.clear()
-    assert sessions._latest._stream is None
+    assert sessions._latest._kept is None
 
 
 def test_a_page_that_is_left_frees_the_model_and_is_forgotten(model, worker, tmp_path):

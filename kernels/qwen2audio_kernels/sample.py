@@ -194,6 +194,7 @@ def sample_draw_kernel(
             token = tl.where(last >= 0, last, token)
             before += tl.sum(sums, 0)
         token = tl.where(chosen < V, chosen, token)
+    token = tl.where(token < V, token, 0)  # of a row without a number, and so without a highest one
     tl.store(token_ptr + row, token.to(tl.int64))
 
 
