@@ -8,7 +8,9 @@
 generate.py is its oracle: the same tokens in float32, in bfloat16 the same up to its rounding.
 
 packing       weights that are read together lie side by side
-slots         the state of the conversations: prefill, the decode step, its CUDA graphs
+slots         the state of the conversations: prefill, the decode step
+packed_encoder  clips end to end
+recording     all that as CUDA graphs
 prefix_cache  what was read before is not read again
 this file     who may enter, what each one gets, and what becomes of errors
 
@@ -36,8 +38,9 @@ from qwen2audio_core.generate import Answer
 from qwen2audio_core.model import Qwen2Audio, check_places
 from qwen2audio_core.packing import pack, pack_codes
 from qwen2audio_core.prefix_cache import WORTH, Beginning, PrefixCache, digest, runs
+from qwen2audio_core.recording import record_graph
 from qwen2audio_core.sampling import Likelihood, Settings, check_seed
-from qwen2audio_core.slots import MAX_ENDS, MAX_TOP, Job, Slots, record_graph
+from qwen2audio_core.slots import MAX_ENDS, MAX_TOP, Job, Slots
 
 OnToken = Callable[[int], bool | None]
 OnEnd = Callable[["Request"], None]

@@ -31,7 +31,7 @@ SECONDS_PER_TOKEN = 4 * HOP_LENGTH / SAMPLE_RATE  # 0.04
 class ClipLengths(NamedTuple):
     """How long one clip is at each stage.
 
-    To pool differently change clip_lengths, encoder.forward, model.embed, slots._project and
+    To pool differently change clip_lengths, encoder.forward, model.embed, packed_encoder.py and
     attribution.py together: model and engine refuse clips whose rows are not as many as its places.
     """
 

@@ -10,21 +10,17 @@ the stop flags on. It takes nothing from the host and gives nothing to it, so on
 CUDA graph for each number of rows and longest length. On a CPU the same function simply runs. A row
 that has ended is computed and changes nothing.
 
-A short prompt, and a clip, would keep a GPU waiting for Python too: alone they are read by a graph
-for the next multiple of 64 positions, longer ones of 128 or 256. What stands behind their end is
-computed, and read by nobody.
+A short prompt would keep a GPU waiting for Python too: alone it is read by a graph for the next
+multiple of 64 positions. What stands behind its end is computed, and read by nobody.
 """
 
-import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen2audio_core import backends, ops
@@ -32,16 +28,17 @@ from qwen2audio_core.config import TextConfig
 from qwen2audio_core.decoder import MLP, Attention, Decoder, DecoderLayer
 from qwen2audio_core.encoder import AudioEncoder, EncoderAttention, EncoderLayer
 from qwen2audio_core.errors import CheckpointError, InputError, PromptError
-from qwen2audio_core.frontend import HOP_LENGTH, ClipLengths, clip_lengths, log_mel
+from qwen2audio_core.frontend import clip_lengths
 from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.packed_encoder import PackedEncoder
 from qwen2audio_core.packing import Projection, projection
+from qwen2audio_core.recording import Record, Recordings, padded
 from qwen2audio_core.sampling import NOT_FINITE, Likelihood, Settings, choose, log_probabilities
 
 MAX_ENDS = 16  # end tokens a conversation can have
 MAX_TOP = 20  # alternatives to a token whose log-probabilities can be asked for
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # of recorded steps; fewer conversations run in the next larger one
 SHORTEST = 256  # positions that the shortest recorded step attends over; then every power of two
-UNIT = 64  # what recorded prompts and clips are rounded up to; longer ones to a multiple
 LONGEST_PROMPT = 256  # ids; of longer ones the arithmetic takes longer than Python
 
 Saved = list[Tensor]  # what SlotCache.save returns
@@ -259,8 +256,8 @@ class Slots:
                    rotation, activation and prefill attention follow the model's own op slots.
     deterministic  a conversation's logits are the same bits alone and among any others. Prefill one
                    conversation at a time then, and no part of it from another one's cache.
-    record         how to make a step repeatable without Python: `record_graph` on a GPU; None runs
-                   it each time
+    record         how to make a step, and the reading of a short prompt or of a clip, repeatable
+                   without Python: `record_graph` on a GPU; None runs them each time
     """
 
     def __init__(
@@ -272,7 +269,7 @@ class Slots:
         int8_cache: bool = False,
         kernels: Any = None,
         deterministic: bool = False,
-        record: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+        record: Record | None = None,
     ):
         refuse_changed(model)
         text = model.config.text
@@ -282,7 +279,7 @@ class Slots:
         self.device, dtype = weight.device, weight.dtype
         device = self.device
         self.count, self.capacity = slots, capacity
-        self._kernels, self._record = kernels, record
+        self._kernels = kernels
         self._deterministic = deterministic
 
         join = partial(
@@ -301,13 +298,7 @@ class Slots:
             for layer in cast(list[DecoderLayer], list(self.trunk.layers))
         ]
         self.head = join(model.language_model.lm_head)
-        self._encoder = [
-            (
-                layer,
-                projection(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
-            )
-            for layer in cast(list[EncoderLayer], list(model.audio_tower.layers))
-        ]
+        self.encode = PackedEncoder(model, kernels, record)
 
         self.cache = SlotCache(text, slots, capacity, device, dtype, int8_cache)
         self._row_positions = torch.arange(capacity, device=device)
@@ -342,20 +333,14 @@ class Slots:
         # The lengths, and who wants log-probabilities: on the host, so that asking does not wait.
         self._known = [0] * slots
         self._weighed = [False] * slots
-        self._recorded: dict[tuple[int, int, bool], Callable[[], None]] = {}
-        # What a recorded reading takes and gives: "prompt" or "clip", positions -> how to run it.
-        self._readings: dict[tuple[str, int], Callable[[], None]] = {}
-        if record is not None:
-            audio = model.config.audio
-            frames = audio.max_source_positions
+        self.recordings: Recordings | None = None
+        if record is not None:  # and what the recorded reading of a prompt takes and gives
+            self.recordings = Recordings(record)
             self._prompt = torch.zeros(
                 1, LONGEST_PROMPT, text.hidden_size, dtype=dtype, device=device
             )
             self._entering = state(2)  # its row, and its last position
             self._prompt_logits = torch.zeros(1, text.vocab_size, dtype=dtype, device=device)
-            self._mel = torch.zeros(1, audio.num_mel_bins, 2 * frames + 1, device=device)
-            self._frames = state(1)  # of the clip
-            self._heard = torch.zeros(frames, text.hidden_size, dtype=dtype, device=device)
 
     # --- a conversation enters, moves and leaves --------------------------------------------------
 
@@ -409,7 +394,7 @@ class Slots:
         fits = length <= LONGEST_PROMPT and padded(length) <= self.capacity
         # Keys and values are taken as they are, not as the codes of an int8 cache.
         alone = len(jobs) == 1 and jobs[0].start == 0 and self.cache.scales is None
-        return self._record is not None and fits and alone
+        return self.recordings is not None and fits and alone
 
     def _read_recorded(self, x: Tensor, job: Job) -> Tensor:
         """_read, for one prompt that is `_short`."""
@@ -419,7 +404,8 @@ class Slots:
         self._prompt[:, length:count] = 0
         self._entering[0] = job.row
         self._entering[1] = length - 1
-        self._reading("prompt", count, self._read_prompt)
+        assert self.recordings is not None
+        self.recordings.run(("prompt", count), partial(self._read_prompt, count))
         return self._prompt_logits
 
     def _read_prompt(self, count: int) -> None:
@@ -435,14 +421,6 @@ class Slots:
 
         x = self._run(self._prompt[:, :count], attend, last)
         self._prompt_logits.copy_(self.head(self.trunk.norm(x[0])))
-
-    def _reading(self, what: str, count: int, read: Callable[[int], None]) -> None:
-        """Run a recorded reading of `count` positions, which reads one thing to the same end."""
-        readings = self._readings  # `forget` may put another in its place
-        if (what, count) not in readings:
-            assert self._record is not None
-            readings[what, count] = self._record(partial(read, count))
-        readings[what, count]()
 
     def _place(self, job: Job) -> None:
         """Set a row's state for a job."""
@@ -480,9 +458,10 @@ class Slots:
         self._weighed[row] = False
 
     def forget(self) -> None:
-        """Record anew what is needed again: the model has changed. Hooks, and what else an op does
-        in Python, happen while recording and not when that is replayed."""
-        self._recorded, self._readings = {}, {}
+        """Record anew what is needed again: the model has changed."""
+        for recordings in (self.recordings, self.encode.recordings):
+            if recordings is not None:
+                recordings.forget()
 
     # --- the step ---------------------------------------------------------------------------------
 
@@ -490,7 +469,7 @@ class Slots:
         """Write one id in each of the first `count` slots; returns it, and whether it was last."""
         longest = max(self._known[:count]) + 1
         weigh = any(self._weighed[:count])
-        if self._record is not None:
+        if self.recordings is not None:
             self._replay(count, longest, weigh)
         elif self._deterministic and self._kernels is None:
             # Library products add up in an order that depends on their shape: give all rows one.
@@ -515,20 +494,20 @@ class Slots:
         span = SHORTEST
         while span < longest:
             span *= 2
-        key = (rows, min(span, self.capacity), weigh)
-        recorded = self._recorded
-        if key not in recorded:
-            assert self._record is not None
-            # Recording runs the step a few times: with every row ended, that changes nothing.
-            ended = self.ended.clone()
-            self.ended.fill_(True)
-            try:
-                recorded[key] = self._record(
-                    lambda: self._step(slice(0, rows), key[1], False, weigh)
-                )
-            finally:
-                self.ended.copy_(ended)
-        recorded[key]()
+        span = min(span, self.capacity)
+        step = partial(self._step, slice(0, rows), span, False, weigh)
+        assert self.recordings is not None
+        self.recordings.run(("step", rows, span, weigh), step, self._as_if_ended())
+
+    @contextmanager
+    def _as_if_ended(self) -> Iterator[None]:
+        """Every row as one that has ended, in which a step changes nothing."""
+        ended = self.ended.clone()
+        self.ended.fill_(True)
+        try:
+            yield
+        finally:
+            self.ended.copy_(ended)
 
     def _step(self, rows: slice, span: int, even: bool, weigh: bool = False) -> None:
         """One id in a range of rows, attending over the first `span` positions.
@@ -675,96 +654,6 @@ class Slots:
             x[0, [at + i for i in places]] = rows[used - len(places) : used]
             at += len(job.ids) - job.start
 
-    def encode(self, clips: Sequence[Tensor]) -> Tensor:
-        """Waveforms to rows of the text width (sum of K, D): valid frames end to end, unpadded."""
-        bins = self.model.config.audio.num_mel_bins
-        mels = [log_mel(clip.to(self.device), bins) for clip in clips]
-        frames = [clip_lengths(len(clip)).conv_frames for clip in clips]
-        if self._record is not None and len(clips) == 1:
-            return self._encode_recorded(mels[0], clip_lengths(len(clips[0])))
-        varlen = self._ends(frames)
-
-        def attend(attention_op: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if varlen is not None and attention_op is self._kernels.attention:
-                y: Tensor = self._kernels.attention_varlen(q[0], k[0], v[0], *varlen)
-                return y[None]
-            clips = zip(*(part.split(frames, dim=1) for part in (q, k, v)), strict=True)
-            return torch.cat([attention_op(*clip) for clip in clips], dim=1)
-
-        pieces = [self._convolve(mel[None], count) for mel, count in zip(mels, frames, strict=True)]
-        x = torch.cat(pieces, dim=1)
-        return self._project(self._listen(x, attend).split(frames, dim=1))
-
-    def _ends(self, frames: Sequence[int]) -> tuple[Tensor, int] | None:
-        """Of several clips for a kernel: where each ends, 0 in front, and the longest."""
-        if self._kernels is None or len(frames) == 1:
-            return None
-        return self._row_numbers.new_tensor([0, *accumulate(frames)]), max(frames)
-
-    def _encode_recorded(self, mel: Tensor, lengths: ClipLengths) -> Tensor:
-        """The same for the log-mel (M, F) of one clip."""
-        longest = self.model.config.audio.max_source_positions
-        count = min(padded(lengths.conv_frames), longest)
-        self._mel[0, :, : mel.shape[1]] = mel
-        self._mel[0, :, mel.shape[1] : 2 * count + 1] = 0
-        self._frames.fill_(lengths.conv_frames)
-        self._reading("clip", count, self._encode_clip)
-        return self._heard[: lengths.audio_tokens].clone()
-
-    def _encode_clip(self, count: int) -> None:
-        """What stands in _mel as `count` frames, of which _frames are heard, to _heard."""
-
-        def attend(attention_op: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            y: Tensor = attention_op(q, k, v, key_end=self._frames)
-            return y
-
-        x = self._convolve(self._mel[:, :, : 2 * count + 1], count)
-        rows = self._project([self._listen(x, attend)])
-        needed = clip_lengths(2 * count * HOP_LENGTH).audio_tokens
-        if len(rows) != needed:
-            line = f"the clips need {len(rows)} audio tokens where the prompts hold {needed}"
-            raise PromptError(line)
-        self._heard[:needed] = rows
-
-    def _convolve(self, mel: Tensor, frames: int) -> Tensor:
-        """mel (1, M, F) to the first `frames` frames of the encoder's input, (1, frames, Da)."""
-        tower = self.model.audio_tower
-        h = tower.gelu_op(tower.conv1(mel.to(tower.conv1.weight.dtype)))
-        h = tower.gelu_op(tower.conv2(h))[:, :, :frames].transpose(1, 2)
-        return h.contiguous() + tower.embed_positions.weight[:frames]
-
-    def _listen(self, x: Tensor, attend: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """All encoder layers on x (1, N, Da); `attend` gives attention_op of a layer its keys."""
-        for layer, qkv in self._encoder:
-            attention = layer.self_attn
-            heads = (*x.shape[:2], -1, attention.head_dim)
-            parts = (part.view(heads) for part in qkv.split(layer.self_attn_layer_norm(x)))
-            y = attend(attention.attention_op, *parts).reshape(x.shape)
-            x = x + attention.out_proj(y)
-            x = x + layer.fc2(layer.gelu_op(layer.fc1(layer.final_layer_norm(x))))
-            if x.dtype == torch.float16:  # the published model's guard against overflow
-                limit = torch.finfo(x.dtype).max - 1000
-                x = x.clamp(-limit, limit)
-        return x
-
-    def _project(self, clips: Sequence[Tensor]) -> Tensor:
-        """Audio states (1, T, Da) of clips, before they are pooled, to rows (sum of T // 2, D)."""
-        pooled = [
-            F.avg_pool1d(clip.transpose(1, 2), kernel_size=2, stride=2).transpose(1, 2)
-            for clip in clips
-        ]
-        states = self.model.audio_tower.layer_norm(torch.cat(pooled, dim=1))
-        rows: Tensor = self.model.multi_modal_projector(states)[0]
-        return rows.to(self.trunk.embed_tokens.weight.dtype)
-
-
-def padded(length: int) -> int:
-    """Positions of the recorded reading that holds so many: at most a quarter more above 256."""
-    unit = UNIT
-    while length > 8 * unit:
-        unit *= 2
-    return -(-length // unit) * unit
-
 
 def refuse_changed(model: Qwen2Audio) -> None:
     """Raise InputError for what the engine would pass over.
@@ -792,29 +681,3 @@ def refuse_changed(model: Qwen2Audio) -> None:
                     "the engine's step has an attention of its own and would pass over yours:"
                     " answer with generate.py, or change slots.py too"
                 )
-
-
-_recording = threading.Lock()  # a recording in one thread forbids what begins one in another
-
-
-def record_graph(device: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """A recorder for `Slots`: steps become CUDA graphs that share one pool of memory."""
-    with torch.cuda.device(device):
-        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-
-    def record(step: Callable[[], None]) -> Callable[[], None]:
-        with _recording, torch.cuda.device(device):
-            # Kernels are compiled and libraries opened outside the recording.
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    step()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may use the GPU meanwhile, for the log-mels of the next request.
-            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-                step()
-        replay: Callable[[], None] = graph.replay
-        return replay
-
-    return record

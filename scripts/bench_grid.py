@@ -44,8 +44,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen2audio_core import chat, gpu, packing, quantize, tiny, weights
-from qwen2audio_core import slots as slots_module
+from qwen2audio_core import chat, gpu, packed_encoder, packing, quantize, tiny, weights
 from qwen2audio_core.config import AudioConfig, Qwen2AudioConfig, TextConfig
 from qwen2audio_core.engine import Engine
 from qwen2audio_core.errors import InputError
@@ -285,7 +284,7 @@ class Fast:
 
     def stages(self) -> dict[str, float]:
         slots, took = self.engine.slots, {"mel": 0.0, "encoder": 0.0}
-        encode, mel = slots.encode, slots_module.log_mel
+        encode, mel = slots.encode, packed_encoder.log_mel
 
         def timed(stage: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def run(*words: Any) -> Tensor:
@@ -296,11 +295,11 @@ class Fast:
 
             return run
 
-        slots.encode, slots_module.log_mel = timed("encoder", encode), timed("mel", mel)
+        slots.encode, packed_encoder.log_mel = timed("encoder", encode), timed("mel", mel)
         try:
             ttft = self.run(1).ttft
         finally:
-            slots.encode, slots_module.log_mel = encode, mel
+            slots.encode, packed_encoder.log_mel = encode, mel
         prefill = ttft - took["encoder"]
         return {"mel": took["mel"], "encoder": took["encoder"] - took["mel"], "prefill": prefill}
 
@@ -313,13 +312,13 @@ class Fast:
 
 def forced_logits(slots: Slots, prompts: list[chat.Prompt], written: Tensor) -> Tensor:
     """Logits (B, n + 1, V) of an engine's slots made to continue prompts with ids (B, n)."""
-    head, record, seen = slots.head, slots._record, []
+    head, recordings, seen = slots.head, slots.recordings, []
 
     def watched(x: Tensor) -> Tensor:
         seen.append(head(x))
         return seen[-1]
 
-    slots.head, slots._record = watched, None  # a replayed graph would not pass here
+    slots.head, slots.recordings = watched, None  # a replayed graph would not pass here
     budget, found = written.shape[1] + 2, []
     try:
         with torch.inference_mode():
@@ -339,7 +338,7 @@ def forced_logits(slots: Slots, prompts: list[chat.Prompt], written: Tensor) -> 
             for row in range(len(prompts)):
                 slots.clear(row)
     finally:
-        slots.head, slots._record = head, record
+        slots.head, slots.recordings = head, recordings
     return torch.stack(found, 1)
 
 

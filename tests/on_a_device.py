@@ -125,7 +125,7 @@ def with_engine(model: assistant.Assistant, clip: Any = None, **options: Any) ->
     prompts = [model.encode(turns(*clips)) for clips in ([clip] if clip else [], [], [])]
     settings = assistant.change(model.settings, greedy=True, max_new_tokens=3)
     with engine.Engine(model.model, max_batch=2, max_tokens=300, worker=False, **options) as made:
-        assert (made.slots._record is not None) == (options["backend"] == "triton")
+        assert (made.slots.recordings is not None) == (options["backend"] == "triton")
         return [answer.ids for answer in made.generate(prompts, settings)]
 
 

@@ -1,6 +1,6 @@
 """What a CUDA graph does to a step, on any device: its operations are written down and run again.
 
-replay = record(step)       as slots.record_graph(device) does on a GPU
+replay = record(step)       as recording.record_graph(device) does on a GPU
 replay()
 """
 

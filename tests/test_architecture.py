@@ -19,7 +19,7 @@ CORE, KERNELS = "qwen2audio_core", "qwen2audio_kernels"
 
 # A file or folder of the core may import those of a smaller number.
 LAYERS = {
-    **dict.fromkeys(("config", "errors", "gpu", "install", "ops", "options"), 0),
+    **dict.fromkeys(("config", "errors", "gpu", "install", "ops", "options", "recording"), 0),
     **dict.fromkeys(("hub", "reading", "audio", "audio_files", "frontend"), 1),
     **dict.fromkeys(("cache", "linear", "encoder", "projector", "decoder"), 1),
     "model": 2,
@@ -37,7 +37,7 @@ LAYERS = {
         ),
         3,
     ),
-    **dict.fromkeys(("generate", "prefix_cache", "slots", "engine", "tiny"), 4),
+    **dict.fromkeys(("generate", "prefix_cache", "packed_encoder", "slots", "engine", "tiny"), 4),
     **dict.fromkeys(("points", "probe", "layout", "attribution", "word_times"), 4),
     **dict.fromkeys(("assistant", "terminal"), 4),
     **dict.fromkeys(("talk", "transcribe", "compare", "info", "quantize_command", "__init__"), 5),
@@ -74,6 +74,7 @@ SIDEWAYS = {
     ("engine", "generate"),
     ("engine", "prefix_cache"),
     ("engine", "slots"),
+    ("slots", "packed_encoder"),
     ("web", "inspection"),
     ("serving", "transcribe"),
     ("serving", "__init__"),

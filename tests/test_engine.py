@@ -20,8 +20,9 @@ from qwen2audio_core.frontend import clip_lengths
 from qwen2audio_core.generate import Generation, generate
 from qwen2audio_core.packing import pack
 from qwen2audio_core.prefix_cache import Beginning, PrefixCache, digest, runs
+from qwen2audio_core.recording import record_graph
 from qwen2audio_core.sampling import Settings
-from qwen2audio_core.slots import Job, SlotCache, Slots, record_graph
+from qwen2audio_core.slots import Job, SlotCache, Slots
 
 GREEDY = Settings(max_new_tokens=12, eos_token_ids=(), repetition_penalty=1.2)
 DRAWN = Settings(
@@ -318,7 +319,9 @@ def test_a_recorded_step_replays_as_it_runs(assistant, int8):
     for (ids, _), (again, _) in zip(*found, strict=True):
         assert ids == again
         assert len(ids) == 12
-    assert len(slots._recorded) >= 4  # numbers of rows, and lengths
+    made = [key[0] for key in slots.recordings.made]
+    assert made.count("step") >= 4  # numbers of rows, and lengths
+    assert "prompt" in made or int8
     if not int8:
         for prompt, one, (ids, _) in zip(prompts, settings, found[0], strict=True):
             if not one.do_sample:
@@ -349,7 +352,8 @@ def test_a_recorded_step_weighs_what_it_drew(assistant):
             assert request.result().ids == run.answers[0].ids
             if top is not None:
                 agree(request.result().logprobs, run.answers[0].logprobs)
-    assert {weigh for _, _, weigh in slots._recorded} == {True, False}
+    steps = [key for key in slots.recordings.made if key[0] == "step"]
+    assert {weigh for *_, weigh in steps} == {True, False}
 
 
 def watch(slots):
@@ -389,15 +393,13 @@ def test_recording_changes_nothing(assistant):
 # --- short prompts and clips as recordings --------------------------------------------------------
 
 
-def recording_slots(model, device="cpu", **options):
+def recording_slots(model, device="cpu", recorded=True, **options):
     """Slots whose readings are recorded: on tapes with plain operations, or as graphs."""
-    if device == "cpu":
-        return Slots(model, 3, 1024, kernels=PLAIN, record=tape.record, **options)
-    backends.use(model, "triton")  # as the engine does
-    return Slots(
-        model, 3, 1024,
-        kernels=backends.triton_kernels(), record=record_graph(torch.device(device)), **options,
-    )  # fmt: skip
+    kernels, record = PLAIN, tape.record
+    if device == "cuda":
+        backends.use(model, "triton")  # as the engine does
+        kernels, record = backends.triton_kernels(), record_graph(torch.device(device))
+    return Slots(model, 3, 1024, kernels=kernels, record=record if recorded else None, **options)
 
 
 ON = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -410,8 +412,7 @@ def test_a_recorded_prompt_is_read_as_it_is_unrecorded(assistant, device):
     pack(model)
     text = "one two three four " * 70
     with torch.inference_mode():
-        plain, slots = (recording_slots(model, device) for _ in range(2))
-        plain._record = None
+        plain, slots = (recording_slots(model, device, recorded) for recorded in (False, True))
         for turn, length in enumerate((200, 5, 64, 65, 128, 3, 256, 63, 256, 257, 1)):
             prompt = assistant.encode_raw("<|AUDIO|>" + text, [noise(turn, 0.3)])
             assert len(prompt.ids) > 257
@@ -432,8 +433,8 @@ def test_a_recorded_prompt_is_read_as_it_is_unrecorded(assistant, device):
                 for other in {0, 1, 2} - {job.row}:
                     assert torch.equal(mine[:, other], old[:, other])
                 assert mine.isfinite().all()
-        assert sorted(slots._readings) == [("clip", 64), *(("prompt", n) for n in (64, 128, 256))]
-        assert not plain._readings
+        assert list(slots.encode.recordings.made) == [64]
+        assert sorted(slots.recordings.made) == [("prompt", n) for n in (64, 128, 256)]
 
 
 @pytest.mark.parametrize("device", ON)
@@ -442,8 +443,7 @@ def test_a_recorded_clip_is_heard_as_it_is_unrecorded(device):
     model = fresh().to(device)
     pack(model)
     with torch.inference_mode():
-        plain, slots = (recording_slots(model, device) for _ in range(2))
-        plain._record = None
+        plain, slots = (recording_slots(model, device, recorded) for recorded in (False, True))
         for i, frames in enumerate((512, 2, 63, 64, 65, 1500, 127, 128, 1473, 3)):
             clip = noise(i, frames * 320 / 16000)[0]
             assert clip_lengths(len(clip)).conv_frames == frames
@@ -452,7 +452,7 @@ def test_a_recorded_clip_is_heard_as_it_is_unrecorded(device):
             slots.encode([clip.flip(0)])  # what was heard before is the caller's own
             torch.testing.assert_close(heard, expected)
             assert len(heard) == frames // 2
-        assert sorted(slots._readings) == [("clip", n) for n in (64, 128, 512, 1500)]
+        assert sorted(slots.encode.recordings.made) == [64, 128, 512, 1500]
 
 
 @pytest.mark.parametrize("device", ON)
@@ -480,7 +480,8 @@ def test_what_is_forgotten_is_recorded_anew(assistant):
         model.audio_tower.layer_norm.layer_norm_op = lambda x, *rest: -ops.layer_norm(x, *rest)
         engine.forget()
         after = engine.generate([prompt], GREEDY)[0].ids
-        assert len(engine.slots._readings) == 2 and engine.slots._recorded
+        assert len(engine.slots.encode.recordings.made) == 1
+        assert {key[0] for key in engine.slots.recordings.made} == {"prompt", "step"}
     assert after == generate(model, chat.collate([prompt], 0), GREEDY)[0].ids != before
 
 
@@ -1272,9 +1273,8 @@ def test_graphs_write_what_generate_writes(assistant):
     model = fresh().cuda()
     prompts = mixed(assistant, 12)
     with Engine(model, max_batch=5, max_tokens=1024) as engine:
-        assert engine.slots._record is not None
         answers = engine.generate(prompts, GREEDY)
-        assert engine.slots._recorded and engine.slots._readings
+        assert engine.slots.recordings.made and engine.slots.encode.recordings.made
         drawn = [engine.submit(prompts[0], DRAWN, seed=3).result().ids for _ in range(2)]
     assert drawn[0] == drawn[1]
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -1400,7 +1400,7 @@ def test_clips_that_pool_to_another_length_are_an_error(assistant, monkeypatch, 
     """Not the rows of the first part of a clip."""
     model = fresh()
     prompt = next(one for one in mixed(assistant, 9) if one.clips)
-    monkeypatch.setattr("qwen2audio_core.slots.F.avg_pool1d", lambda x, **_: x)
+    monkeypatch.setattr("qwen2audio_core.packed_encoder.F.avg_pool1d", lambda x, **_: x)
     with (
         Engine(model, worker=False) as engine,
         pytest.raises(PromptError, match="the clips need"),
