@@ -297,6 +297,11 @@ class Engine:
         self.prefixes = PrefixCache(self.prefixes.limit)  # what is being answered keeps to the old
         self.slots.forget()
 
+    def warm(self) -> None:
+        """Have done what the first requests would wait for (Slots.warm). Call it before them."""
+        with torch.inference_mode(), self._on_device():
+            self.slots.warm()
+
     def close(self) -> None:
         """Cancel what is left, end the thread, and give the model its op slots back. Called from
         a request's own function it returns at once, and this is done after the step."""

@@ -104,6 +104,14 @@ class PackedEncoder:
             raise PromptError(line)
         self._heard[:needed] = rows
 
+    def warm(self) -> None:
+        """Record what clips of all lengths will need."""
+        assert self.recordings is not None
+        longest = self._config.max_source_positions
+        for count in sorted({min(padded(frames), longest) for frames in range(1, longest + 1)}):
+            self._frames.fill_(count)
+            self.recordings.run(count, partial(self._encode_clip, count))
+
     def _convolve(self, mel: Tensor, frames: int) -> Tensor:
         """mel (1, M, F) to the first `frames` frames of the encoder's input, (1, frames, Da)."""
         tower = self._tower

@@ -28,11 +28,11 @@ from qwen2audio_core.config import TextConfig
 from qwen2audio_core.decoder import MLP, Attention, Decoder, DecoderLayer
 from qwen2audio_core.encoder import AudioEncoder, EncoderAttention, EncoderLayer
 from qwen2audio_core.errors import CheckpointError, InputError, PromptError
-from qwen2audio_core.frontend import clip_lengths
+from qwen2audio_core.frontend import HOP_LENGTH, clip_lengths
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.packed_encoder import PackedEncoder
 from qwen2audio_core.packing import Projection, projection
-from qwen2audio_core.recording import Record, Recordings, padded
+from qwen2audio_core.recording import UNIT, Record, Recordings, padded
 from qwen2audio_core.sampling import NOT_FINITE, Likelihood, Settings, choose, log_probabilities
 
 MAX_ENDS = 16  # end tokens a conversation can have
@@ -456,6 +456,31 @@ class Slots:
         self.ended[row] = True
         self.lengths[row] = self._known[row] = 0
         self._weighed[row] = False
+
+    def warm(self) -> None:
+        """Do what the first conversations would wait for, before there is one: weights are packed,
+        kernels compiled, and everything that will be recorded is (two dozen graphs and more)."""
+        clip = torch.zeros(3 * HOP_LENGTH)  # one token
+        settings = Settings(max_new_tokens=2, eos_token_ids=())
+        if self.capacity > 2:
+            self.prefill([Job(0, [self.model.config.audio_token_id, 0], [clip], settings, 2, 0)])
+            self.step(1)
+            self.clear(0)
+        if self.recordings is None:
+            return
+        self.encode.warm()
+        self._entering.fill_(0)
+        for count in range(UNIT, min(LONGEST_PROMPT, self.capacity) + 1, UNIT):
+            if self.cache.scales is None:
+                self.recordings.run(("prompt", count), partial(self._read_prompt, count))
+        spans = [SHORTEST]
+        while spans[-1] < self.capacity:
+            spans.append(2 * spans[-1])
+        for rows in sorted({min(n, self.count) for n in ROWS}):
+            for span in spans:
+                self._replay(rows, span, False)
+        for tensor in self.cache.tensors:
+            tensor.zero_()
 
     def forget(self) -> None:
         """Record anew what is needed again: the model has changed."""

@@ -485,6 +485,43 @@ def test_what_is_forgotten_is_recorded_anew(assistant):
     assert after == generate(model, chat.collate([prompt], 0), GREEDY)[0].ids != before
 
 
+@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_warm_engine_records_nothing_more(assistant, device, int8):
+    """And has nothing left in it of what it warmed up with."""
+    model = fresh().to(device)
+    pack(model)
+    slots = recording_slots(model, device, int8_cache=int8)
+    with torch.inference_mode():
+        before = {k: v.clone() for k, v in vars(slots).items() if isinstance(v, Tensor)}
+        slots.warm()
+        for name in ("lengths", "ended"):
+            assert torch.equal(getattr(slots, name), before[name])
+        assert not any(tensor.any() for tensor in slots.cache.tensors)
+        made = set(slots.recordings.made), set(slots.encode.recordings.made)
+        assert made[1] == {64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1500}
+        prompts = mixed(assistant, 7)
+        jobs = [job_of(prompt, GREEDY) for prompt in prompts]
+        slots.step = watch(slots)
+        found = run_to_end(slots, jobs, [0, 0, 1, 3, 3, 9, 15])
+    assert made == (set(slots.recordings.made), set(slots.encode.recordings.made))
+    if not int8:
+        for prompt, (ids, _) in zip(prompts, found, strict=True):
+            assert ids == alone(assistant.model, prompt, GREEDY).ids
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 100])
+def test_warming_up_an_engine_of_any_size(assistant, tokens):
+    with Engine(fresh(), max_batch=2, max_tokens=tokens, worker=False) as engine:
+        engine.warm()
+        if tokens == 100:
+            prompt = assistant.encode_raw("one two", [])
+            assert (
+                engine.generate([prompt], GREEDY)[0].ids
+                == alone(assistant.model, prompt, GREEDY).ids
+            )
+
+
 def test_what_a_recorded_prompt_is_not_for(assistant):
     """Several prompts, one whose beginning is known, one too long, and codes in the cache."""
     model = fresh()

@@ -240,7 +240,7 @@ def test_a_signal_as_the_server_starts_is_not_lost(monkeypatch, number):
         def run(self, sockets):
             signal.raise_signal(number)  # before uvicorn listens for it
 
-    monkeypatch.setattr(running, "Engine", lambda model: None)
+    monkeypatch.setattr(running, "Engine", lambda model: SimpleNamespace(warm=lambda: None))
     monkeypatch.setattr(running, "Service", lambda *parts: SimpleNamespace(close=lambda: None))
     monkeypatch.setattr(running, "make_server", lambda service, **options: Server())
     before = signal.getsignal(number)

@@ -67,6 +67,7 @@ def serve(
     engine = Engine(assistant.model, **engine_options)
     service = Service(assistant, engine, policy)
     try:
+        engine.warm()
         server = make_server(service, access_log=access_log, grace=grace)
         # uvicorn takes the signals over a moment later; one that comes before must not be lost.
         # Once it is through with the requests it raises them again: then this changes nothing.
