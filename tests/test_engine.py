@@ -1352,7 +1352,6 @@ def test_kernels_that_overlap_change_no_bit(monkeypatch, assistant, quantised):
 
     model = load("random", device="cuda", dtype=torch.bfloat16, quantize=quantised).model
     prompts = mixed(assistant, 6)
-    overlap = _launch.overlap
 
     def answered():
         found = []
@@ -1368,11 +1367,8 @@ def test_kernels_that_overlap_change_no_bit(monkeypatch, assistant, quantised):
                     slots.clear(row)
         return found
 
-    def one_after_the_other(kernel, arch):
-        return {"OVERLAP": False} if overlap(kernel, arch) else {}
-
     together = answered()
-    monkeypatch.setattr(_launch, "overlap", one_after_the_other)
+    monkeypatch.setattr(_launch, "OVERLAPPING", False)
     apart = answered()
     assert together == apart
     assert all(ids == together[0] for ids in together)

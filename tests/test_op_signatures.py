@@ -83,7 +83,7 @@ def test_without_a_gpu_or_triton_it_says_why_not() -> None:
         ("interpreter", False),
     ],
 )
-def test_which_gpus_overlap_kernels(arch: str, able: bool) -> None:
+def test_which_gpus_overlap_kernels(arch: str, able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen2audio_kernels import _launch
     from qwen2audio_kernels.linear import linear_fwd_kernel
     from qwen2audio_kernels.swiglu import swiglu_fwd_kernel
@@ -91,3 +91,5 @@ def test_which_gpus_overlap_kernels(arch: str, able: bool) -> None:
     expected = {"OVERLAP": True, "launch_pdl": True} if able else {"OVERLAP": False}
     assert _launch.overlap(linear_fwd_kernel, arch) == expected
     assert _launch.overlap(swiglu_fwd_kernel, arch) == {}
+    monkeypatch.setattr(_launch, "OVERLAPPING", False)
+    assert _launch.overlap(linear_fwd_kernel, arch) == {"OVERLAP": False}

@@ -1,6 +1,7 @@
 """What the kernels share around a launch: checks, row views, block sizes. No mathematics."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -164,6 +165,7 @@ def processors(device: torch.device) -> int:
 # A step of decoding is some three hundred kernels of ten microseconds, each of which waits for the
 # last program of the one in front of it. From sm_90 on a GPU can start the next one's programs in
 # the places that become free meanwhile (programmatic dependent launch); they wait where they say.
+OVERLAPPING = os.environ.get("QWEN2AUDIO_NO_OVERLAP", "0") in ("", "0")
 
 
 @triton.jit
@@ -181,7 +183,7 @@ def overlap(kernel: Any, arch: str) -> dict[str, bool]:
     """Launch options of a kernel that may start before the one in front of it has ended."""
     if "OVERLAP" not in kernel.arg_names:
         return {}
-    able = arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
+    able = OVERLAPPING and arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
     return {"OVERLAP": able, "launch_pdl": True} if able else {"OVERLAP": False}
 
 
