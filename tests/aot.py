@@ -270,8 +270,9 @@ def waits_first(sass: str) -> bool:
     """
     made = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", sass)
     memory = ("LD", "ST", "ATOM", "RED", "UTMA", "UBLK")
-    constant = ("LDC", "LDCU", "LDS", "LDSM", "STS")  # arguments, and the program's own memory
-    touched = [i for i, op in enumerate(made) if op.startswith(memory) and op not in constant]
+    # Arguments, and the program's own memory.
+    own = ("LDC", "LDCU", "LDS", "LDSM", "STS", "ATOMS")
+    touched = [i for i, op in enumerate(made) if op.startswith(memory) and op not in own]
     return "ACQBULK" in made and made.index("ACQBULK") < min(touched, default=len(made))
 
 
