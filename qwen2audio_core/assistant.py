@@ -369,6 +369,7 @@ class Turn:
         options.setdefault("system", chat.system)
         self._chat = chat
         self._messages = [*before, message]
+        self._begun = False
         self._stream = chat.assistant.stream_messages(self._messages, chat.latest, **options)
 
     @property
@@ -376,11 +377,20 @@ class Turn:
         return self._stream.reply
 
     def __iter__(self) -> Iterator[str]:
+        if self._begun:
+            return
+        self._begun, failed = True, False
         try:
             yield from self._stream
+        except Exception:
+            failed = True
+            raise
         finally:
-            answer = {"role": "assistant", "content": self.reply.text}
-            self._chat.messages[:] = [*self._messages, answer]
+            if (
+                self.reply.ids or not failed
+            ):  # of what failed at once the conversation knows nothing
+                answer = {"role": "assistant", "content": self.reply.text}
+                self._chat.messages[:] = [*self._messages, answer]
 
 
 def load(

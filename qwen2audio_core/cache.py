@@ -59,7 +59,7 @@ class KVCache:
 
     def empty(self) -> None:
         """Give its memory back. It holds nothing from then on."""
-        self.keys, self.values = (x.new_empty(0) for x in (self.keys, self.values))
+        self.keys, self.values = (x[:, :, :0].clone() for x in (self.keys, self.values))
         self.length = 0
 
     def select(self, rows: Tensor) -> None:

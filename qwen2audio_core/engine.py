@@ -298,7 +298,12 @@ class Engine:
         self.slots.forget()
 
     def warm(self) -> None:
-        """Have done what the first requests would wait for (Slots.warm). Call it before them."""
+        """Have done what the first requests would wait for (Slots.warm).
+
+        errors   InputError where there are requests already
+        """
+        if self.active or self.waiting:
+            raise InputError("an engine is warmed up before its first request")
         with torch.inference_mode(), self._on_device():
             self.slots.warm()
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -37,9 +37,9 @@ class Generation:
              The prompt and its clips are read once.
     seed     for sampling; None draws from PyTorch's global generator
     logprobs also write down each id's Likelihood, with so many alternatives; None does not
-    after    the run of one conversation, for one that may be its next turn: what both begin with is
-             not read again, and `reused` says how many ids that are. The model must be what it was
-             then, see reuse.Fingerprint. A run that is over gives its cache away here
+    after    the run of one conversation, for one that may be its next turn: what both prompts begin
+             with is not read again, and `reused` says how many ids that are. The model must be what
+             it was then, see reuse.Fingerprint. A run that is over gives its cache away here
     seconds  how long it took so far: {"encode", "prefill", "decode"}
     """
 
@@ -74,17 +74,17 @@ class Generation:
             model.config.text, ids.shape[0], ids.shape[1] + self.budget - 1, device, weight.dtype
         )
         self.cache = cache
-        self._prompt = Read(ids[0].tolist(), batch.mel, batch.conv_frames)
+        self.prompt = Read(ids[0].tolist(), batch.mel, batch.conv_frames)  # of a lone row
         self.reused, heard = 0, 0  # ids that are in the cache already, and clips among them
-        if after is not None and len(after.history) == len(ids) == 1:
-            self.reused, heard = shared(after.read, self._prompt, model.config.audio_token_id)
+        if after is not None and after.cache.length and len(after.history) == len(ids) == 1:
+            self.reused, heard = shared(after.prompt, self.prompt, model.config.audio_token_id)
             cache.take(after.cache, self.reused)
             if not after.running:
                 after.cache.empty()
         self.seconds = {"encode": 0.0, "prefill": 0.0, "decode": 0.0}
         with torch.inference_mode():
             with self._timed("encode"):
-                x = model.embed(ids[:, self.reused :], *self._prompt.clips(heard))
+                x = model.embed(ids[:, self.reused :], *self.prompt.clips(heard))
             with self._timed("prefill"):
                 padding = None if self.reused else mask
                 self.logits = model.decode(x, padding, cache, last_only=True)[:, 0]
@@ -96,11 +96,6 @@ class Generation:
                 self.logits, self.history = self.logits[rows], self.history[rows]
         self.answers = [Answer() for _ in range(len(self.logits))]
         self.written = 0
-
-    @property
-    def read(self) -> Read:
-        """What is in the cache of a run of one row, which is not padded."""
-        return replace(self._prompt, ids=self.history[0, : self.cache.length].tolist())
 
     @property
     def running(self) -> bool:

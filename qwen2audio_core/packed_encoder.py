@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwen2audio_core.encoder import EncoderLayer
 from qwen2audio_core.errors import PromptError
-from qwen2audio_core.frontend import HOP_LENGTH, ClipLengths, clip_lengths, log_mel
+from qwen2audio_core.frontend import HOP_LENGTH, MAX_FRAMES, ClipLengths, clip_lengths, log_mel
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.packing import projection
 from qwen2audio_core.recording import Record, Recordings, padded
@@ -34,6 +34,7 @@ class PackedEncoder:
         self._tower = model.audio_tower
         self._projector = model.multi_modal_projector
         self._config = model.config.audio
+        self._longest = min(self._config.max_source_positions, MAX_FRAMES // 2)  # frames of a clip
         self._kernels = kernels
         weight = model.language_model.model.embed_tokens.weight
         self._device, self._dtype = weight.device, weight.dtype
@@ -48,10 +49,9 @@ class PackedEncoder:
         if record is not None:  # what they take and give
             self.recordings = Recordings(record)
             new = partial(torch.zeros, device=self._device)
-            most = self._config.max_source_positions
-            self._mel = new(1, self._config.num_mel_bins, 2 * most + 1)
+            self._mel = new(1, self._config.num_mel_bins, 2 * self._longest + 1)
             self._frames = new(1, dtype=torch.int64)  # of the clip
-            self._heard = new(most, model.config.text.hidden_size, dtype=self._dtype)
+            self._heard = new(self._longest, model.config.text.hidden_size, dtype=self._dtype)
 
     def __call__(self, clips: Sequence[Tensor]) -> Tensor:
         """Waveforms to rows of the text width (sum of K, D): valid frames end to end, unpadded."""
@@ -82,7 +82,7 @@ class PackedEncoder:
     def _encode_recorded(self, mel: Tensor, lengths: ClipLengths) -> Tensor:
         """The log-mel (M, F) of one clip to its rows (K, D), by what is recorded for its length."""
         assert self.recordings is not None
-        count = min(padded(lengths.conv_frames), self._config.max_source_positions)
+        count = min(padded(lengths.conv_frames), self._longest)
         self._mel[0, :, : mel.shape[1]] = mel
         self._mel[0, :, mel.shape[1] : 2 * count + 1] = 0
         self._frames.fill_(lengths.conv_frames)
@@ -107,8 +107,8 @@ class PackedEncoder:
     def warm(self) -> None:
         """Record what clips of all lengths will need."""
         assert self.recordings is not None
-        longest = self._config.max_source_positions
-        for count in sorted({min(padded(frames), longest) for frames in range(1, longest + 1)}):
+        every = range(1, self._longest + 1)
+        for count in sorted({min(padded(frames), self._longest) for frames in every}):
             self._frames.fill_(count)
             self.recordings.run(count, partial(self._encode_clip, count))
 

@@ -56,8 +56,11 @@ _recording = threading.Lock()  # a recording in one thread forbids what begins o
 def record_graph(device: torch.device) -> Record:
     """A recorder for `Recordings`: CUDA graphs that share one pool of memory. What they give must
     lie outside of it."""
-    with torch.cuda.device(device):
+    with _recording, torch.cuda.device(device):
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        keeper = torch.cuda.CUDAGraph()  # a pool whose last graph is gone takes no other one
+        with torch.cuda.graph(keeper, pool, stream, capture_error_mode="thread_local"):
+            torch.zeros(1, device=device)
 
     def record(step: Callable[[], None]) -> Callable[[], None]:
         with _recording, torch.cuda.device(device):
@@ -71,7 +74,11 @@ def record_graph(device: torch.device) -> Record:
             # Other threads may use the GPU meanwhile, for the log-mels of the next request.
             with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                 step()
-        replay: Callable[[], None] = graph.replay
+
+        def replay() -> None:
+            assert keeper is not None  # and lives as long as this
+            graph.replay()
+
         return replay
 
     return record

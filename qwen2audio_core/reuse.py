@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from qwen2audio_core.linear import version
 
+OF_EVERY_MODULE = frozenset(
+    vars(nn.Module())
+)  # hooks, tensors and modules, looked at by themselves
+
 
 @dataclass(eq=False)
 class Read:
-    """What a cache holds of one conversation.
+    """A prompt that was read, or is to be.
 
-    ids          of its filled positions
     mel          (n, M, F), of its clips, or None; conv_frames (n,), their lengths, or None
     """
 
@@ -78,19 +81,31 @@ class Fingerprint:
         kinds: dict[type, None] = {}
         hooks = torch.nn.modules.module
         watched = bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
-        for module in model.modules():
+        for _, module in model.named_modules(remove_duplicate=False):
             kinds[type(module)] = None
-            self._parts += [_mark(module), type(module)]
-            self._parts += [_mark(one) for name, one in vars(module).items() if name[0] != "_"]
+            self._parts += [_mark(module), type(module), module.training]
+            for name, value in vars(module).items():
+                if name not in OF_EVERY_MODULE:
+                    self._add(value)
             watched = watched or bool(module._forward_hooks or module._forward_pre_hooks)
         for kind in kinds:
             above = [one for one in kind.__mro__ if issubclass(one, nn.Module)]
             self._parts += [part for one in above for part in vars(one).values()]
-        for tensor in (*model.parameters(), *model.buffers()):
-            place = 0 if tensor.is_mkldnn else tensor.data_ptr()
-            self._parts += [_mark(tensor), place, version(tensor)]
+        for tensors in (model.named_parameters, model.named_buffers):
+            for _, tensor in tensors(remove_duplicate=False):
+                place = 0 if tensor.is_mkldnn else tensor.data_ptr()
+                self._parts += [_mark(tensor), place, version(tensor)]
         if watched:
             self._parts.append(object())
+
+    def _add(self, value: Any) -> None:
+        """An attribute; of what holds others, what it holds."""
+        if isinstance(value, (list, tuple, dict)):
+            self._parts += [type(value), len(value)]
+            for one in value.items() if isinstance(value, dict) else value:
+                self._add(one)
+        else:
+            self._parts.append(_mark(value))
 
     def is_of(self, other: "Fingerprint") -> bool:
         return all(

@@ -459,13 +459,17 @@ class Slots:
 
     def warm(self) -> None:
         """Do what the first conversations would wait for, before there is one: weights are packed,
-        kernels compiled, and everything that will be recorded is (two dozen graphs and more)."""
+        kernels compiled, and steps, clips and short prompts of all lengths recorded, 34 graphs for
+        8 slots of 2,048 positions. Only steps with log-probabilities are recorded when they are
+        first asked for."""
         clip = torch.zeros(3 * HOP_LENGTH)  # one token
         settings = Settings(max_new_tokens=2, eos_token_ids=())
-        if self.capacity > 2:
-            self.prefill([Job(0, [self.model.config.audio_token_id, 0], [clip], settings, 2, 0)])
-            self.step(1)
-            self.clear(0)
+        audio_id = self.model.config.audio_token_id
+        for ids, clips in (([audio_id, 0], [clip]), ([audio_id, 0, audio_id, 0], [clip, clip])):
+            if len(ids) < self.capacity:
+                self.prefill([Job(0, ids, clips, settings, 2, 0)])
+                self.step(1)
+                self.clear(0)
         if self.recordings is None:
             return
         self.encode.warm()
@@ -476,7 +480,7 @@ class Slots:
         spans = [SHORTEST]
         while spans[-1] < self.capacity:
             spans.append(2 * spans[-1])
-        for rows in sorted({min(n, self.count) for n in ROWS}):
+        for rows in sorted({min(n, self.count) for n in (*ROWS, self.count)}):
             for span in spans:
                 self._replay(rows, span, False)
         for tensor in self.cache.tensors:
@@ -484,6 +488,7 @@ class Slots:
 
     def forget(self) -> None:
         """Record anew what is needed again: the model has changed."""
+        self.logits = None  # a recording's memory
         for recordings in (self.recordings, self.encode.recordings):
             if recordings is not None:
                 recordings.forget()

@@ -468,6 +468,18 @@ def test_several_clips_are_heard_as_each_alone(device):
     torch.testing.assert_close(together, apart)
 
 
+@pytest.mark.gpu
+def test_forgotten_graphs_make_room_for_new_ones(assistant):
+    model = fresh().cuda()
+    prompt = next(one for one in mixed(assistant, 9) if len(one.clips) == 1)
+    with Engine(model, max_batch=2, max_tokens=1024, worker=False) as engine:
+        engine.warm()
+        for _ in range(3):
+            answer = engine.generate([prompt], GREEDY)[0]
+            assert answer.ids == alone(assistant.model, prompt, GREEDY).ids
+            engine.forget()
+
+
 def test_what_is_forgotten_is_recorded_anew(assistant):
     """A model that has changed is not answered for by graphs of the old one."""
     model = fresh()
@@ -479,6 +491,7 @@ def test_what_is_forgotten_is_recorded_anew(assistant):
         model.language_model.model.norm.rms_norm_op = lambda x, *rest: -ops.rms_norm(x, *rest)
         model.audio_tower.layer_norm.layer_norm_op = lambda x, *rest: -ops.layer_norm(x, *rest)
         engine.forget()
+        assert engine.slots.logits is None  # which would keep a graph's memory
         after = engine.generate([prompt], GREEDY)[0].ids
         assert len(engine.slots.encode.recordings.made) == 1
         assert {key[0] for key in engine.slots.recordings.made} == {"prompt", "step"}
@@ -510,16 +523,55 @@ def test_a_warm_engine_records_nothing_more(assistant, device, int8):
             assert ids == alone(assistant.model, prompt, GREEDY).ids
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 100])
-def test_warming_up_an_engine_of_any_size(assistant, tokens):
-    with Engine(fresh(), max_batch=2, max_tokens=tokens, worker=False) as engine:
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize(
+    ("slots", "tokens"), [(2, 1), (1, 2), (2, 3), (1, 5), (5, 64), (2, 100), (70, 300)]
+)
+def test_warming_up_an_engine_of_any_size(assistant, slots, tokens, recorded):
+    with Engine(fresh(), max_batch=slots, max_tokens=tokens, worker=False) as engine:
+        if recorded:
+            options = {"kernels": PLAIN, "record": tape.record}
+            engine.slots = Slots(engine.model, slots, tokens, **options)
         engine.warm()
-        if tokens == 100:
-            prompt = assistant.encode_raw("one two", [])
-            assert (
-                engine.generate([prompt], GREEDY)[0].ids
-                == alone(assistant.model, prompt, GREEDY).ids
-            )
+        made = set(engine.slots.recordings.made) if recorded else set()
+        prompt = assistant.encode_raw("one two", [])
+        if tokens >= 64:
+            expected = alone(assistant.model, prompt, GREEDY).ids
+            answers = engine.generate([prompt] * slots, GREEDY)
+            assert all(answer.ids == expected for answer in answers)
+        if recorded:
+            assert made == set(engine.slots.recordings.made)
+            steps = {key[1] for key in made if key[0] == "step"}
+            assert steps == {n for n in (1, 2, 4, 8, 16, 32, 64) if n < slots} | {slots}
+
+
+def test_an_engine_with_requests_is_not_warmed_up(assistant):
+    prompt = assistant.encode_raw("one two", [])
+    with Engine(fresh(), max_batch=2, max_tokens=100, worker=False) as engine:
+        request = engine.submit(prompt, GREEDY)
+        with pytest.raises(InputError, match="before its first request"):
+            engine.warm()
+        engine.advance()
+        with pytest.raises(InputError, match="before its first request"):
+            engine.warm()
+        assert request.result().ids == alone(assistant.model, prompt, GREEDY).ids
+
+
+@pytest.mark.parametrize("positions", [50, 1500, 2000])
+def test_a_table_of_positions_of_another_length(assistant, positions):
+    """A clip has no more than 1,500 frames, however many the table has; here they are recorded."""
+    model = fresh()
+    audio = replace(model.config.audio, max_source_positions=positions)
+    model.config = replace(model.config, audio=audio)
+    table = model.audio_tower.embed_positions
+    table.weight = torch.nn.Parameter(torch.randn(positions, table.weight.shape[1]))
+    with torch.inference_mode():
+        plain, slots = (recording_slots(model, recorded=recorded) for recorded in (False, True))
+        slots.warm()
+        assert max(slots.encode.recordings.made) == min(positions, 1500)
+        for frames in (min(positions, 1500), 40):
+            clip = noise(frames, frames * 320 / 16000)[0]
+            torch.testing.assert_close(slots.encode([clip]), plain.encode([clip]))
 
 
 def test_what_a_recorded_prompt_is_not_for(assistant):

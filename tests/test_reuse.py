@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -119,6 +120,47 @@ def test_an_answer_that_was_broken_off(assistant):
     assert reply.ids == from_scratch(talk).ids
 
 
+def test_a_turn_that_failed_at_once_never_was(assistant, monkeypatch):
+    talk = assistant.chat()
+    talk.say("one")
+    before = list(talk.messages)
+
+    def broken(run):
+        raise RuntimeError("a fault")
+
+    for turn in (lambda: talk.stream("two"), talk.retry):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a fault"):
+            patch.setattr(assistants.Generation, "step", broken)
+            list(turn())
+        assert talk.messages == before
+    assert talk.say("two").ids == from_scratch(talk).ids
+
+
+def test_a_turn_that_failed_later_is_kept_as_far_as_it_came(assistant, monkeypatch):
+    talk = assistant.chat()
+    step = assistants.Generation.step
+
+    def broken(run):
+        if run.written == 2:
+            raise RuntimeError("a fault")
+        return step(run)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a fault"):
+        patch.setattr(assistants.Generation, "step", broken)
+        talk.say("one")
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"]
+
+
+def test_a_turn_is_told_once(assistant):
+    talk = assistant.chat()
+    turn = talk.stream("one")
+    assert list(turn)
+    talk.say("two")
+    before = list(talk.messages)
+    assert list(turn) == []
+    assert talk.messages == before
+
+
 def test_another_system_prompt(assistant):
     talk = assistant.chat("Be brief.")
     talk.say("one", noise(1))
@@ -183,6 +225,19 @@ def an_adapter_turned_off(model):
         layer.enabled = False
 
 
+def a_private_number(model):
+    model.language_model.model.layers[1].mlp._louder = 1.5
+
+
+def one_in_a_list(model):
+    model.language_model.model.layers[1].mlp.factors[0] = 1.5
+
+
+def another_layer_twice(model):
+    layers = model.language_model.model.layers
+    layers[2] = layers[1]
+
+
 def another_eps(model):
     model.language_model.model.layers[1].input_layernorm.eps = 1.0
 
@@ -230,7 +285,8 @@ def a_hook_of_all(model):
 
 CHANGES = [
     *(in_place, replaced, another_op, a_hook, a_forward_of_its_own, an_adapter_turned_off),
-    *(another_eps, another_class, another_module, a_function_of_the_model),
+    *(another_eps, another_class, another_module, a_function_of_the_model, a_private_number),
+    *(one_in_a_list, another_layer_twice),
     *(a_function_of_a_class, a_hook_of_all),
 ]
 HOOKS = (a_hook, a_hook_of_all)
@@ -241,6 +297,11 @@ def test_nothing_serves_a_model_that_has_changed(assistant, change):
     model = assistant.model
     if change is an_adapter_turned_off:
         lora.add(model, lora.Settings(rank=4))
+    layers = model.language_model.model.layers
+    layers.append(layers[0])  # the same layer twice
+    config = replace(model.config.text, num_hidden_layers=len(layers))
+    model.config = replace(model.config, text=config)
+    layers[1].mlp.factors = [1.0]
     talk = assistant.chat()
     talk.say("one", noise(1))
     undo = change(model)
@@ -262,6 +323,24 @@ def test_what_was_put_back_serves_again(assistant):
     with backends.use(assistant.model, attention="eager"):
         assert not assistant.chat().say("one").reused
     assert talk.say("two").reused
+
+
+def test_what_changed_while_it_was_written(assistant):
+    """A hook only around the answer: the answer is read again, as it would be from scratch."""
+    talk = assistant.chat()
+    turn = talk.stream("one", noise(1))
+    hook = assistant.model.language_model.model.layers[0].register_forward_hook(
+        lambda module, args, y: y * 1.5
+    )
+    for _ in turn:
+        pass
+    hook.remove()
+    reply = talk.say("two", logprobs=3)
+    assert 0 < reply.reused <= len(turn.reply.prompt.ids)
+    whole = assistant.stream_messages(talk.messages[:-1], logprobs=3).finished()[0]
+    assert reply.ids == whole.ids
+    for mine, its in zip(reply.logprobs, whole.logprobs, strict=True):
+        assert mine.logprob == pytest.approx(its.logprob, abs=1e-4)
 
 
 def test_a_fingerprint_sees_what_is_missing(assistant):
@@ -319,8 +398,12 @@ def test_an_answer_that_is_over_gives_its_cache_away(assistant):
     talk.say("one")
     cache = talk.latest._kept[0].run.cache
     assert cache.keys.nbytes and cache.length
+    stream = talk.latest._kept[0]
     talk.say("two")
     assert cache.keys.nbytes == cache.values.nbytes == cache.length == 0
+    prompt = assistant.encode([assistants.user_turn("one")])
+    again = assistant.stream_prompts([prompt], after=stream)  # of which nothing is left
+    assert again.finished()[0].ids == assistant.stream_prompts([prompt]).finished()[0].ids
 
 
 def test_without_room_for_both_it_is_read_from_the_beginning(assistant, monkeypatch):

@@ -226,7 +226,30 @@ def test_ctrl_c_before_it_answers_is_no_clean_end(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 130 and capsys.readouterr().err.strip() == "interrupted"
-    assert "exit code 130" in DOCUMENT
+    assert "exit code 130 and 143" in DOCUMENT
+
+
+@pytest.mark.parametrize("when", ["load", "warm"])
+def test_sigterm_before_it_answers_ends_it(monkeypatch, when):
+    """Also as the first process of a container, which SIGTERM alone does not end."""
+    done = []
+
+    def terminated(*options):
+        signal.raise_signal(signal.SIGTERM)
+
+    def load(*options):
+        return terminated() if when == "load" else SimpleNamespace(model=None)
+
+    monkeypatch.setattr("qwen2audio_core.terminal.load", load)
+    engine = SimpleNamespace(warm=terminated)
+    monkeypatch.setattr(running, "Engine", lambda model, **options: engine)
+    service = SimpleNamespace(close=lambda: done.append("closed"))
+    monkeypatch.setattr(running, "Service", lambda *parts: service)
+    before = signal.getsignal(signal.SIGTERM)
+    result = CliRunner().invoke(cli.app, ["serve", "--port", "0"])
+    assert result.exit_code == 143
+    assert done == (["closed"] if when == "warm" else [])
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -240,12 +263,13 @@ def test_a_signal_as_the_server_starts_is_not_lost(monkeypatch, number):
         def run(self, sockets):
             signal.raise_signal(number)  # before uvicorn listens for it
 
-    monkeypatch.setattr(running, "Engine", lambda model: SimpleNamespace(warm=lambda: None))
+    engine = SimpleNamespace(warm=lambda: seen.append("warm"))
+    monkeypatch.setattr(running, "Engine", lambda model: engine)
     monkeypatch.setattr(running, "Service", lambda *parts: SimpleNamespace(close=lambda: None))
     monkeypatch.setattr(running, "make_server", lambda service, **options: Server())
     before = signal.getsignal(number)
     running.serve(None, SimpleNamespace(model=None), None, {})
-    assert seen == [number] and signal.getsignal(number) is before
+    assert seen == ["warm", number] and signal.getsignal(number) is before
 
 
 def test_quantised_while_it_is_read(monkeypatch):

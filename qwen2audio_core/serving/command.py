@@ -92,7 +92,7 @@ def serve(
     """
     from qwen2audio_core.errors import InputError
     from qwen2audio_core.serving.policy import LOOPBACK, Policy
-    from qwen2audio_core.serving.run import bind, check_installed
+    from qwen2audio_core.serving.run import bind, check_installed, terminable
     from qwen2audio_core.serving.run import serve as run
     from qwen2audio_core.terminal import load, note, quiet_libraries
 
@@ -127,19 +127,20 @@ def serve(
     sock = bind(host, port)
     if not alone and api_key is None:
         note(f"warning: everybody who reaches {host} can use this server: set QWEN2AUDIO_API_KEY")
-    assistant = load(model, device, dtype, no_pack, quantize)
-    with quiet_libraries():
-        run(
-            sock,
-            assistant,
-            policy,
-            {
-                "max_batch": slots,
-                "max_tokens": context,
-                "prefix_bytes": prefix_mb * 2**20,
-                "int8_cache": int8_cache,
-                "deterministic": deterministic,
-            },
-            access_log=access_log,
-            grace=grace,
-        )
+    with terminable():
+        assistant = load(model, device, dtype, no_pack, quantize)
+        with quiet_libraries():
+            run(
+                sock,
+                assistant,
+                policy,
+                {
+                    "max_batch": slots,
+                    "max_tokens": context,
+                    "prefix_bytes": prefix_mb * 2**20,
+                    "int8_cache": int8_cache,
+                    "deterministic": deterministic,
+                },
+                access_log=access_log,
+                grace=grace,
+            )

@@ -1,13 +1,16 @@
 """From the options of the command line to a running server, and to its clean end.
 
-SIGTERM or Ctrl-C, once the engine is built: no new connection is taken, what is being answered is
-finished, then the process ends with code 0. What is not finished within `grace` seconds is
-cancelled.
+SIGTERM or Ctrl-C, once it answers: no new connection is taken, what is being answered is finished,
+then the process ends with code 0. What is not finished within `grace` seconds is cancelled. Before
+that they break the start off, with code 143 and 130.
 """
 
 import errno
 import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from qwen2audio_core import install
@@ -30,6 +33,21 @@ def check_installed() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(f"the server needs {error.name}: {install.extra('serve')}") from error
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM unwinds what runs, as Ctrl-C does: alone it would end the process where it is, or, as
+    the first process of a container, do nothing."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def bind(host: str, port: int) -> socket.socket:
