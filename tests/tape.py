@@ -80,8 +80,9 @@ class Tape(TorchDispatchMode):
                     known.copy_(new)
 
 
-def record(step: Callable[[], Any]) -> Callable[[], None]:
-    step()
+def record(step: Callable[[], Any], warm: bool = True) -> Callable[[], None]:
+    if warm:  # as a graph has to be
+        step()
     with Tape() as tape:
         step()
     assert len(tape.calls) > 50
