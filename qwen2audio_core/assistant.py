@@ -386,9 +386,8 @@ class Turn:
             failed = True
             raise
         finally:
-            if (
-                self.reply.ids or not failed
-            ):  # of what failed at once the conversation knows nothing
+            # Of what failed at once the conversation knows nothing.
+            if self.reply.ids or not failed:
                 answer = {"role": "assistant", "content": self.reply.text}
                 self._chat.messages[:] = [*self._messages, answer]
 

@@ -7,12 +7,12 @@
 
 generate.py is its oracle: the same tokens in float32, in bfloat16 the same up to its rounding.
 
-packing       weights that are read together lie side by side
-slots         the state of the conversations: prefill, the decode step
+packing         weights that are read together lie side by side
+slots           the state of the conversations: prefill, the decode step
 packed_encoder  clips end to end
-recording     all that as CUDA graphs
-prefix_cache  what was read before is not read again
-this file     who may enter, what each one gets, and what becomes of errors
+recording       all that as CUDA graphs
+prefix_cache    what was read before is not read again
+this file       who may enter, what each one gets, and what becomes of errors
 
 Memory is fixed when the engine is made: the slots, and the bytes of the prefix cache. Requests wait
 in the order in which they came; one that can never fit is refused at once.

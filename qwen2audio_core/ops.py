@@ -6,6 +6,7 @@ qwen2audio_kernels and is put in with `backends.use`.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -151,12 +152,19 @@ def rope_into_cache(
     returns           q, k          turned
     """
     q, k = (turned[0] for turned in rope(q[None], k[None], cos[None], sin[None]))
-    for x, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
-        codes = x
-        if scales is not None:
-            codes, scales[rows, positions] = quantise(x)
-        cache[rows, positions] = codes
+    store(k, k_cache, rows, positions, k_scale)
+    store(v, v_cache, rows, positions, v_scale)
     return q, k
+
+
+def store(x: Tensor, cache: Tensor, rows: Any, positions: Any, scales: Tensor | None) -> None:
+    """Write x (N, G, C) into a cache (B, S, G, C), as int8 codes where there are scales (B, S, G).
+
+    rows, positions  any pair of indices that picks N places
+    """
+    if scales is not None:
+        x, scales[rows, positions] = quantise(x)
+    cache[rows, positions] = x
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,9 +57,10 @@ class PackedEncoder:
         """Waveforms to rows of the text width (sum of K, D): valid frames end to end, unpadded."""
         bins = self._config.num_mel_bins
         mels = [log_mel(clip.to(self._device), bins) for clip in clips]
-        frames = [clip_lengths(len(clip)).conv_frames for clip in clips]
+        lengths = [clip_lengths(len(clip)) for clip in clips]
         if self.recordings is not None and len(clips) == 1:
-            return self._encode_recorded(mels[0], clip_lengths(len(clips[0])))
+            return self._encode_recorded(mels[0], lengths[0])
+        frames = [one.conv_frames for one in lengths]
         varlen = self._ends(frames)
 
         def attend(attention_op: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -35,12 +35,12 @@ class Recordings:
         self,
         key: Hashable,
         function: Callable[[], None],
-        while_recording: AbstractContextManager[None] | None = None,
+        while_recording: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Run what was recorded under a key, or record the function."""
         made = self.made  # `forget` may put another in its place
         if key not in made:
-            with while_recording or nullcontext():
+            with while_recording():
                 made[key] = self._record(function)
         made[key]()
 
@@ -58,8 +58,8 @@ def record_graph(device: torch.device) -> Record:
     lie outside of it."""
     with _recording, torch.cuda.device(device):
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        keeper = torch.cuda.CUDAGraph()  # a pool whose last graph is gone takes no other one
-        with torch.cuda.graph(keeper, pool, stream, capture_error_mode="thread_local"):
+        first = torch.cuda.CUDAGraph()  # a pool whose last graph is gone takes no other one
+        with torch.cuda.graph(first, pool, stream, capture_error_mode="thread_local"):
             torch.zeros(1, device=device)
 
     def record(step: Callable[[], None]) -> Callable[[], None]:
@@ -72,13 +72,9 @@ def record_graph(device: torch.device) -> Record:
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             # Other threads may use the GPU meanwhile, for the log-mels of the next request.
-            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, first.pool(), stream, capture_error_mode="thread_local"):
                 step()
-
-        def replay() -> None:
-            assert keeper is not None  # and lives as long as this
-            graph.replay()
-
+        replay: Callable[[], None] = graph.replay
         return replay
 
     return record

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from qwen2audio_core.linear import version
 
-OF_EVERY_MODULE = frozenset(
-    vars(nn.Module())
-)  # hooks, tensors and modules, looked at by themselves
+# Hooks, tensors and modules, looked at by themselves.
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 @dataclass(eq=False)

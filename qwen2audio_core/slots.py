@@ -82,10 +82,7 @@ class SlotCache:
         for x, store, scales in zip(
             (k, v), (self.keys, self.values), self.scales or (None, None), strict=True
         ):
-            if scales is not None:
-                x, scale = ops.quantise(x)
-                scales[layer][rows, positions] = scale
-            store[layer][rows, positions] = x
+            ops.store(x, store[layer], rows, positions, None if scales is None else scales[layer])
 
     def read(self, layer: int, rows: slice, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values (n, length, G, C) of a range of rows, in the model's dtype."""
@@ -464,12 +461,11 @@ class Slots:
         first asked for."""
         clip = torch.zeros(3 * HOP_LENGTH)  # one token
         settings = Settings(max_new_tokens=2, eos_token_ids=())
-        audio_id = self.model.config.audio_token_id
-        for ids, clips in (([audio_id, 0], [clip]), ([audio_id, 0, audio_id, 0], [clip, clip])):
-            if len(ids) < self.capacity:
-                self.prefill([Job(0, ids, clips, settings, 2, 0)])
-                self.step(1)
-                self.clear(0)
+        ids = [self.model.config.audio_token_id, 0] * 2
+        if len(ids) < self.capacity:
+            self.prefill([Job(0, ids, [clip, clip], settings, 2, 0)])
+            self.step(1)
+            self.clear(0)
         if self.recordings is None:
             return
         self.encode.warm()
@@ -527,7 +523,7 @@ class Slots:
         span = min(span, self.capacity)
         step = partial(self._step, slice(0, rows), span, False, weigh)
         assert self.recordings is not None
-        self.recordings.run(("step", rows, span, weigh), step, self._as_if_ended())
+        self.recordings.run(("step", rows, span, weigh), step, self._as_if_ended)
 
     @contextmanager
     def _as_if_ended(self) -> Iterator[None]:

@@ -24,19 +24,12 @@ from qwen2audio_core.recording import record_graph
 from qwen2audio_core.sampling import Settings
 from qwen2audio_core.slots import Job, SlotCache, Slots
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GREEDY = Settings(max_new_tokens=12, eos_token_ids=(), repetition_penalty=1.2)
 DRAWN = Settings(
     max_new_tokens=12, eos_token_ids=(), do_sample=True, temperature=2.0, top_k=50, top_p=0.9
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads wait for each other longer than the tiny model computes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,9 @@ from qwen2audio_core.packing import pack_codes
 from qwen2audio_core.reuse import Fingerprint, Read, shared
 from qwen2audio_core.training import lora
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 AUDIO = 9
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 openai = pytest.importorskip("openai")
 
@@ -19,11 +18,8 @@ from qwen2audio_core.generate import Generation  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def assistant(tmp_path_factory):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield small(tmp_path_factory.mktemp("cache"))
-    torch.set_num_threads(before)
+def assistant(one_thread, tmp_path_factory):
+    return small(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-import torch
 
 openai = pytest.importorskip("openai")
 soundfile = pytest.importorskip("soundfile")
@@ -28,11 +27,8 @@ LONG = {"max_tokens": 900, "min_tokens": 900}
 
 
 @pytest.fixture(scope="module")
-def assistant(tmp_path_factory):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield small(tmp_path_factory.mktemp("cache"))
-    torch.set_num_threads(before)
+def assistant(one_thread, tmp_path_factory):
+    return small(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")

@@ -82,6 +82,16 @@ def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], mean
     )
 
 
+def check_scales(op: str, shape: tuple[int, ...], **scales: Tensor | None) -> None:
+    """What an int8 cache needs: float32, one number a position and head."""
+    for name, scale in scales.items():
+        check(scale is not None, op, f"an int8 cache needs {name}")
+        assert scale is not None
+        check_shape(op, name, scale, shape, "one a position and head of the cache")
+        dtype = f"{name} is {scale.dtype}, expected torch.float32"
+        check(scale.dtype == torch.float32, op, dtype)
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

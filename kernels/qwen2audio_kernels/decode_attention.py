@@ -28,7 +28,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._launch import begin
 
 LOG2_E = math.log2(math.e)
 
@@ -55,7 +54,7 @@ def decode_attention_part_kernel(
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    begin(OVERLAP)
+    _launch.begin(OVERLAP)
     head, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, end = _range(lengths_ptr, key_start_ptr, row, S)
     first = start + part * SPLIT
@@ -105,7 +104,7 @@ def decode_attention_join_kernel(
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, SPLIT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    begin(OVERLAP)
+    _launch.begin(OVERLAP)
     head, row = tl.program_id(0), tl.program_id(1)
     start, end = _range(lengths_ptr, key_start_ptr, row, S)
     used = tl.maximum(end - start + SPLIT - 1, 0) // SPLIT
@@ -217,12 +216,7 @@ def _check(
     if k_cache.dtype == torch.int8:
         _launch.check_floats(op, q=q)
         _launch.check(v_cache.dtype == torch.int8, op, "k_cache is int8, so v_cache must be too")
-        for name in scales:
-            _launch.check(name in given, op, f"an int8 cache needs {name}")
-        for name, scale in given.items():
-            _launch.check_shape(op, name, scale, (B, S, G), "one a position and head of the cache")
-            dtype = f"{name} is {scale.dtype}, expected torch.float32"
-            _launch.check(scale.dtype == torch.float32, op, dtype)
+        _launch.check_scales(op, (B, S, G), **scales)
     else:
         _launch.check_floats(op, **tensors)
         for name in given:

@@ -31,7 +31,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._launch import begin
 
 GROUP = 128  # inputs that share a scale and zero in int4
 
@@ -143,7 +142,7 @@ def _fetch(w_ptr, outputs, first, last, stride_w, BITS: tl.constexpr, BLOCK_K: t
 
     It reads no value: this may be done before `begin`, whoever wrote the weight.
     """
-    inputs: tl.constexpr = 8 // BITS if BITS == 4 else 1  # that one element of w holds
+    inputs: tl.constexpr = 2 if BITS == 4 else 1  # that one element of w holds
     line: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
     lines: tl.constexpr = max(2 * BLOCK_K // inputs // line, 1)
     columns = tl.minimum(first // inputs + tl.arange(0, lines) * line, last // inputs - 1)
@@ -182,7 +181,7 @@ def linear_fwd_kernel(
         _fetch(w_ptr, weights, first, last, stride_w, BITS, BLOCK_K)
         if SWIGLU:
             _fetch(w_ptr, weights + N, first, last, stride_w, BITS, BLOCK_K)
-    begin(OVERLAP)
+    _launch.begin(OVERLAP)
     y = _multiply(
         x_ptr, w_ptr, scale_ptr, readable, weights, width, K, first, last, stride_x, stride_w,
         BITS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
@@ -215,7 +214,7 @@ def linear_reduce_kernel(
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Add the parts in their order, then the epilogue."""
-    begin(OVERLAP)
+    _launch.begin(OVERLAP)
     rows = tl.program_id(0) + tl.arange(0, 1)
     outputs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     width = N

@@ -30,7 +30,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _launch
-from ._launch import begin
 
 
 @triton.jit
@@ -195,7 +194,7 @@ def rope_into_cache_kernel(
     BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    begin(OVERLAP)
+    _launch.begin(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     q_blocks, k_blocks = tl.cdiv(q_heads, BLOCK_HEADS), tl.cdiv(k_heads, BLOCK_HEADS)
@@ -384,13 +383,9 @@ def _check_into_cache(
         dtype = f"{name} is {cache.dtype}, expected {q.dtype} or, with scales, torch.int8"
         _launch.check(cache.dtype == (torch.int8 if given else q.dtype), op, dtype)
         _launch.check(cache.stride(-1) == 1, op, f"{name} has no unit stride along its channels")
-    for name in scales:
-        _launch.check(not given or name in given, op, f"an int8 cache needs {name}")
+    if given:
+        _launch.check_scales(op, tuple(k_cache.shape[:3]), **scales)
     for name, scale in given.items():
-        shape = tuple(k_cache.shape[:3])
-        _launch.check_shape(op, name, scale, shape, "one a position and head of the cache")
-        dtype = f"{name} is {scale.dtype}, expected torch.float32"
-        _launch.check(scale.dtype == torch.float32, op, dtype)
         _launch.check(scale.stride(-1) == 1, op, f"{name} has no unit stride along the heads")
     integers = {"rows": rows, "positions": positions}
     for name, numbers in integers.items():

@@ -13,7 +13,7 @@ finds the logits next above and below the middle, so t ends as one of the row's 
 Before that, a program for every CHUNK of the vocabulary works out its scores, the highest of them
 and where it is. Greedy needs no more. For top-k, the k-th highest of the chunks' highest scores is
 at most t, since k scores reach it: chunks whose highest is below it hold nothing that is kept, and
-all passes are over the other ones, for the published k of 20 some 20 of 153.
+all passes are over the other ones, for the published k of 20 some 20 of 305.
 
 Ties      Of equal logits all are kept or none: with top-k as in the plain version; with top-p the
           plain version cuts through equal logits in whatever order its sort gave them. Greedy takes
@@ -31,7 +31,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._launch import begin
 
 
 @triton.jit
@@ -117,7 +116,7 @@ def sample_scores_kernel(
     CHUNK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    begin(OVERLAP)
+    _launch.begin(OVERLAP)
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     index = row * tl.num_programs(0) + chunk
@@ -144,7 +143,7 @@ def sample_draw_kernel(
     CHUNK: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    begin(OVERLAP)
+    _launch.begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     scores_ptr += row * chunks * CHUNK
     number = tl.arange(0, CHUNKS)
