@@ -10,11 +10,11 @@ fail() {
     exit 1
 }
 
-# Prints the first Python of 3.11 or newer that can make an environment.
+# Prints the first Python that can make an environment and has packages of constraints.txt's torch.
 find_python() {
-    local candidate bare=""
-    for candidate in "${PYTHON:-python3}" python3 python3.13 python3.12 python3.11 python; do
-        "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
+    local candidate bare="" suits="import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))"
+    for candidate in "${PYTHON:-python3}" python3 python3.{14,13,12,11} python; do
+        "$candidate" -c "$suits" 2>/dev/null || continue
         if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
             printf '%s\n' "$candidate"
             return
@@ -24,7 +24,7 @@ find_python() {
     if [ -n "$bare" ]; then
         fail "$bare cannot make environments: install its venv module (Debian, Ubuntu: python3-venv)"
     fi
-    fail "no Python 3.11 or newer found: install one, or name it with PYTHON=/path/to/python3"
+    fail "no Python of 3.11 to 3.14 found: install one, or name it with PYTHON=/path/to/python3"
 }
 
 # What the environment depends on; another value means that it must be installed again.

@@ -140,7 +140,7 @@ def test_an_environment_that_someone_else_made_is_kept(checkout: Checkout) -> No
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"OLD": "1"}, "no Python 3.11 or newer"), ({"BARE": "1"}, "install its venv module")],
+    [({"OLD": "1"}, "no Python of 3.11 to 3.14"), ({"BARE": "1"}, "install its venv module")],
 )
 def test_an_unsuitable_python_is_named(
     settings: dict[str, str], message: str, checkout: Checkout
@@ -149,6 +149,23 @@ def test_an_unsuitable_python_is_named(
     assert code == 1 and calls == []
     assert message in printed and len(printed.splitlines()) == 1
     assert not checkout.environment.exists()
+
+
+@pytest.mark.parametrize("minor", range(10, 16))
+def test_which_versions_of_python_suit(minor: int, checkout: Checkout) -> None:
+    """By the scripts' own words, run by this Python with another version's number."""
+    pretend = f"import sys; sys.version_info = (3, {minor}, 0); exec(sys.argv[1])"
+    python = checkout.tools / "python3"
+    python.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c '{pretend}' \"$2\"\n")
+    found = subprocess.run(
+        ["bash", "-c", f"source '{checkout.root}/scripts/_environment.sh'; find_python"],
+        env={"PATH": str(checkout.tools)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert found.stdout.strip() == ("python3" if 11 <= minor <= 14 else ""), found.stderr
+    assert ("no Python of 3.11 to 3.14" in found.stderr) == (not found.stdout)
 
 
 def test_every_requirement_is_pinned_inside_its_range() -> None:

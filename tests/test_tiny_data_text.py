@@ -425,10 +425,10 @@ def test_answers_about_several_clips(train: list[Row], drills: list[Row]) -> Non
 def test_a_broken_off_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
-    def render(clip: Row, seed: int) -> np.ndarray:
-        return np.full(1_600 + seed % 100, 0.5, np.float32)
+    def render(clip: Row, seed: int) -> tuple[np.ndarray, list]:
+        return np.full(1_600 + seed % 100, 0.5, np.float32), []
 
-    monkeypatch.setattr(make_tiny_data.render, "render", render)
+    monkeypatch.setattr(make_tiny_data.render, "render_with_sounds", render)
     monkeypatch.setattr(make_tiny_data, "CHUNK", 5)
     make_tiny_data.make(tmp_path, "sft", 12, 0, 1, None)
     whole = (tmp_path / "sft.jsonl").read_text(encoding="utf-8")
@@ -452,7 +452,8 @@ def test_a_broken_off_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_validation_by_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(make_tiny_data.render, "render", lambda clip, seed: np.zeros(1_600))
+    silence = np.zeros(1_600), []
+    monkeypatch.setattr(make_tiny_data.render, "render_with_sounds", lambda clip, seed: silence)
     make_tiny_data.make(tmp_path, "valid", 12, 0, 1, None)
     forms = [list(make_tiny_data.read(tmp_path / f"valid-{f}.jsonl")) for f in ("pretrain", "sft")]
     assert [len(rows) for rows in forms] == [6, 6]

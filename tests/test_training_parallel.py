@@ -73,6 +73,7 @@ def two(base, data, tmp_path_factory) -> Path:
     script = out / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["--local-addr=127.0.0.1"]  # it would wait forever for a host name that is not known
     done = subprocess.run(
         [*command, str(script), base, data, str(out)],
         env=os.environ | {"PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
