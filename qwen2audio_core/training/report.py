@@ -1,7 +1,6 @@
 """What a person sees of a run: a line of figures, a jsonl log, curves, and answers to read."""
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -167,9 +166,13 @@ def plot(out: Path) -> Path | None:
 
 
 def _memory() -> float:
-    """The most this process has held, GB: of the GPU where there is one."""
+    """The most this process has held, GB: of the GPU where there is one. 0 where no one says."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
