@@ -9,6 +9,9 @@ What is repaired, in Triton 3.6 to 3.9: bfloat16 values are kept as raw 16-bit p
 arithmetic, dot and casts are done on the patterns as if they were integers, or truncate instead of
 rounding; a loop over a run-time range needs a conversion that NumPy 2.4 no longer makes; and NumPy
 warns of overflows that a GPU takes in silence.
+
+What a GPU would do wrong in silence fails: reading or writing outside every tensor, and using what
+a masked load left out and had no `other` for, which is NaN here.
 """
 
 import inspect
@@ -119,19 +122,32 @@ def repair() -> None:
 
     interpreter._patch_builtin = patch_builtin
 
-    call, store = interpreter.GridExecutor.__call__, builder.create_masked_store
+    call, load = interpreter.GridExecutor.__call__, builder.create_masked_load
+    store = builder.create_masked_store
     memory: list[tuple[int, int]] = []  # of the tensors that the running kernel was given
 
-    def guarded_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        """A GPU would write into another tensor in silence; here it would end the process."""
+    def guard(pointers: Any, mask: Any, verb: str) -> None:
+        """A GPU would use another tensor's memory in silence; here it would end the process."""
         places = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
         inside = np.zeros(places.shape, dtype=bool)
         for first, end in memory:
             inside |= (places >= first) & (places < end)
-        assert inside.all(), f"the kernel writes {int((~inside).sum())} places outside every tensor"
+        assert inside.all(), f"the kernel {verb} {int((~inside).sum())} places outside every tensor"
+
+    def guarded_load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any) -> Any:
+        guard(pointers, mask, "reads")
+        if other is None:  # nobody promises what stands where the mask is False
+            element = pointers.get_element_ty()
+            kind = interpreter._get_np_dtype(element)
+            ones = np.full((*pointers.data.shape, kind.itemsize), 0xFF, np.uint8)
+            other = handle(ones.view(kind)[..., 0], element)  # NaN, or -1
+        return load(self, pointers, mask, other, *rest)
+
+    def guarded_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        guard(pointers, mask, "writes")
         return store(self, pointers, value, mask, *rest)
 
-    builder.create_masked_store = guarded_store
+    builder.create_masked_load, builder.create_masked_store = guarded_load, guarded_store
 
     def quiet_call(self: Any, *arguments: Any, **options: Any) -> None:
         storages = [x.untyped_storage() for x in arguments if isinstance(x, torch.Tensor)]

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,8 @@ MISTAKES = [
     ("01_load_store", "x + residual, mask=inside", "x + residual", "places that lie"),
     ("01_load_store", "tl.program_id(0) * BLOCK + ", "", "all programs do the same block"),
     ("01_load_store", "offsets < elements", "offsets < element", "NameError: name 'element'"),
+    ("01_load_store", "    tl.store(", "    if inside:\n        tl.store(", "use tl.where"),
+    ("01_load_store", "offsets < elements", "0 <= offsets < elements", "a < b < c take one"),
     ("02_rms_norm", "/ width", "/ BLOCK", "not by BLOCK"),
     ("02_rms_norm", "row * stride", "row * width", "the row starts at x_ptr + row * stride"),
     ("02_rms_norm", " + eps)", ") + eps", "tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)"),
@@ -147,6 +150,15 @@ MISTAKES = [
         "(rows < M)[:, None]",
         "places that lie in no tensor",
     ),
+    ("05_matmul", "(rows < M)[:, None] & (inner", "(rows < M)[:, None] and (inner", "use tl.where"),
+    ("05_matmul", ", other=0.0", "", "in both tiles, other=0.0"),
+    (
+        "05_matmul",
+        "tl.dot(x, tl.trans(w)",
+        "tl.dot(x.to(tl.bfloat16), tl.trans(w).to(tl.bfloat16)",
+        "of bfloat16",
+    ),
+    ("05_matmul", "acc = tl.dot(x", "y = tl.dot(x", "is every result assigned"),
     ("05_matmul", ', input_precision="ieee"', "", 'give it input_precision="ieee"'),
     ("06_online_softmax", "total * tl.exp(top - base)", "total", "relative to the old top"),
     ("06_online_softmax", "tl.maximum(top, tl.max(logits, axis=0))", "tl.max(logits)", "no less"),
@@ -157,6 +169,8 @@ MISTAKES = [
         "exp(-1000) is zero",
     ),
     ("06_online_softmax", 'tl.where(higher == -float("inf"), 0.0, higher)', "higher", "is NaN"),
+    ("06_online_softmax", "top = higher", "top = base", "top stays -inf"),
+    ("07_flash_attention", "top = higher", "top = base", "base alone must be 0.0"),
     ("07_flash_attention", "acc * shrink[:, None]", "acc", "both shrunk"),
     ("07_flash_attention", 'tl.where(visible, s, -float("inf"))', "s", "before the maximum"),
     ("07_flash_attention", 'tl.where(higher == -float("inf"), 0.0, higher)', "higher", "must be 0"),
@@ -234,6 +248,23 @@ def test_a_reader_gets_to_the_end(tmp_path: Path) -> None:
         (tmp_path / f"{name}.py").write_text(filled(name))
     ((code, said),) = run_each(tmp_path, [["08_split_kv_decode"]])
     assert code == 0 and "attention: custom" in said, said
+
+    text = (tmp_path / "08_split_kv_decode.py").read_text()
+    block = textwrap.dedent(text[text.index("    import lesson") : text.index("Run it:")])
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout == "A bell is ringing.\n", done.stdout + done.stderr
+
+
+def test_an_error_in_lesson_7_is_not_placed_in_lesson_8(tmp_path: Path) -> None:
+    shutil.copyfile(FOLDER / "lesson.py", tmp_path / "lesson.py")
+    seven = filled("07_flash_attention", "top = higher", "top = highest")
+    (tmp_path / "07_flash_attention.py").write_text(seven)
+    (tmp_path / "08_split_kv_decode.py").write_text(filled("08_split_kv_decode"))
+    ((_, said),) = run_each(tmp_path, [["08_split_kv_decode"]])
+    line = 1 + seven[: seven.index("top = highest")].count("\n")
+    assert f"Where:   07_flash_attention.py, line {line}: top = highest" in said, said
 
 
 def test_lesson_8_asks_for_lesson_7(tmp_path: Path) -> None:

@@ -59,7 +59,11 @@ def add(x: Tensor, residual: Tensor, block: int = 1024) -> Tensor:
 
 def check(solution: bool) -> None:
     for frames, hint in (
-        (4, "offsets start at tl.program_id(0) * BLOCK, otherwise all programs do the same block"),
+        (
+            4,
+            "offsets start at tl.program_id(0) * BLOCK, otherwise all programs do the same block;"
+            " inside is offsets < elements",
+        ),
         (3, "the last block is not full: mask both loads and the store with offsets < elements"),
     ):
         x, residual = torch.randn(frames, 1280), torch.randn(frames, 1280)

@@ -83,7 +83,8 @@ def check(solution: bool) -> None:
     case(
         "5 positions of 32 heads of 128 channels",
         torch.randn(5, 32, 128),
-        "source = x_ptr + t * stride_time + head[:, None] * stride_head + channel[None, :]",
+        "source = x_ptr + t * stride_time + head[:, None] * stride_head + channel[None, :], and the"
+        " sines have opposite signs in first' and second'",
     )
     case(
         "20 heads: not a power of two",

@@ -76,9 +76,15 @@ def linear(x: Tensor, w: Tensor, block: int = 64) -> Tensor:
 
 def check(solution: bool) -> None:
     for M, N, K, hint in (
-        (64, 128, 128, "x_ptr + rows[:, None] * K + inner[None, :], and w the same with outputs"),
+        (
+            64,
+            128,
+            128,
+            "x_ptr + rows[:, None] * K + inner[None, :], and w the same with outputs; then"
+            ' acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")',
+        ),
         (50, 70, 128, "mask rows beyond M in x and outputs beyond N in w"),
-        (50, 70, 100, "mask inner < K in both tiles: what lies behind a row is the next row"),
+        (50, 70, 100, "mask inner < K in both tiles, other=0.0: behind a row lies the next one"),
     ):
         x, w = torch.randn(M, K), torch.randn(N, K)
         case = f"{M} x {K} times {K} x {N}"

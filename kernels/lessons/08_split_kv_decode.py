@@ -24,13 +24,22 @@ At 1,024 positions the cache of one conversation is 537 MB over the 32 layers, a
 every token. There are two operations for every number read, so no matrix unit is needed here:
 q * k summed over the channels is fast enough.
 
-The size of a part is fixed, not their number. So a row's sums are always made in the same order,
-and its answer does not change a bit with the length of the cache or with the batch around it.
+The size of a part is fixed, not their number. So a part's sums are always made in the same order,
+whatever the length of the cache is and the batch around it. (The finished kernel joins the parts in
+a fixed order too, one by one, so that no bit of an answer depends on either.)
 
-At the end your two kernels become the model's attention:
+At the end your two kernels become the model's attention. In this folder you can hear them answer,
+in some ten seconds:
 
-    with backends.use(model, attention=mine):
-        ...
+    import lesson  # first, as in every lesson
+    import torch
+    import qwen2audio_core as qa
+    from qwen2audio_core import backends
+
+    assistant = qa.load("tiny", "cpu", torch.float32)
+    clip = qa.__path__[0] + "/assets/clips/sound_bell.flac"
+    with backends.use(assistant.model, attention=lesson.load("08_split_kv_decode").mine):
+        print(assistant.ask("What is that sound?", clip))
 
 Run it:  python kernels/lessons/08_split_kv_decode.py
 The finished kernel, with an int8 cache: kernels/qwen2audio_kernels/decode_attention.py
@@ -106,6 +115,7 @@ def join_kernel(acc_ptr, top_ptr, total_ptr, y_ptr, parts, C: tl.constexpr, PART
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor) -> Tensor:
     """q (B, H, C) sees the keys start[b] <= j < end[b], at least one, of k, v (B, S, G, C)."""
+    assert q.dtype == torch.float32, f"load the model with dtype=torch.float32, not {q.dtype}"
     (B, H, C), (S, G) = q.shape, k.shape[1:3]
     split = 32
     parts = triton.cdiv(S, split)  # whatever the lengths are: a fixed grid

@@ -62,8 +62,9 @@ def compare(case: str, got: Tensor, want: Tensor, hint: str, limit: float = 1e-5
         raise NotYet(f"{case}: shape {tuple(got.shape)}, expected {tuple(want.shape)}", hint)
     if not passed and not got.nan_to_num().any():
         raise NotYet(
-            f"{case}: nothing has been computed yet",
-            f"fill in the part marked {HOLE}, step by step",
+            f"{case}: nothing has been computed yet, every value is 0 or NaN",
+            f"fill in the part marked {HOLE}, step by step; if you have: is every result assigned"
+            " and stored, and is what was prepared in its place gone?",
         )
     error = (got.double() - want.double()).abs().nan_to_num(float("inf"))
     if error.max() > limit * want.double().abs().max():
@@ -112,7 +113,7 @@ def main(names: dict[str, Any]) -> None:
     passed.clear()
     lines = file.read_text(encoding="utf-8").splitlines()
     holes = [str(number) for number, line in enumerate(lines, start=1) if HOLE in line]
-    where = f"kernels/lessons/{file.name}" + (f", line {' and '.join(holes)}" if holes else "")
+    where = file.name + (f", line {' and '.join(holes)}" if holes else "")
     try:
         names["check"](arguments.solution)
     except NotYet as problem:
@@ -120,8 +121,16 @@ def main(names: dict[str, Any]) -> None:
     except Exception as error:
         # Triton wraps what happened in a kernel; the reader's own line is the one that helps.
         cause = error.__cause__ or error
-        frames = [f for f in traceback.extract_tb(cause.__traceback__) if f.filename == str(file)]
-        at = f"line {frames[-1].lineno}: {frames[-1].line}" if frames else where
+        frames = [
+            frame
+            for frame in traceback.extract_tb(cause.__traceback__)
+            if Path(frame.filename).parent == file.parent and frame.filename != __file__
+        ]
+        at = where
+        if frames:
+            name = Path(frames[-1].filename).name
+            at = f"line {frames[-1].lineno}: {frames[-1].line}"
+            at = at if name == file.name else f"{name}, {at}"
         hint = getattr(cause, "hint", "read that line again; solutions/ has the finished kernel")
         kind = "" if isinstance(cause, NotYet) else f"{type(cause).__name__}: "
         stop(f"NOT YET  {kind}{cause}\nHint:    {hint}\nWhere:   {at}")
@@ -135,6 +144,7 @@ def watch() -> None:
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     read, write, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
     dot, patch_tensor = builder.create_dot, interpreter._patch_lang_tensor
+    triton_itself = str(Path(interpreter.__file__).parents[1])
     memory: list[tuple[int, int]] = []
 
     def guard(pointers: Any, mask: Any, verb: str) -> None:
@@ -148,18 +158,28 @@ def watch() -> None:
                 "a mask is missing or wrong there, or a pointer is",
             )
 
-    def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def masked_load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any) -> Any:
         guard(pointers, mask, "reads")
-        return read(self, pointers, mask, *rest)
+        element = pointers.get_element_ty()
+        if other is None and element.is_floating():  # a GPU may leave anything there
+            other = interpreter.TensorHandle(
+                np.full(pointers.data.shape, np.nan, interpreter._get_np_dtype(element)), element
+            )
+        return read(self, pointers, mask, other, *rest)
 
     def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         guard(pointers, mask, "writes")
         return write(self, pointers, value, mask, *rest)
 
     def exact_dot(self: Any, a: Any, b: Any, acc: Any, precision: Any, *rest: Any) -> Any:
+        if "bf16" in (str(a.dtype), str(b.dtype)):
+            raise NotYet(
+                "this tl.dot is of bfloat16, which the interpreter takes for integers",
+                "stay in float32 here; on a GPU it is right",
+            )
         if a.data.dtype == np.float32 and precision.name != "IEEE":
             raise NotYet(
-                "this tl.dot rounds float32 to 10 bits on a GPU, though not here",
+                "this tl.dot does not multiply all bits of a float32 on a GPU, though it does here",
                 'give it input_precision="ieee"',
             )
         return dot(self, a, b, acc, precision, *rest)
@@ -170,9 +190,20 @@ def watch() -> None:
         with np.errstate(all="ignore"):  # exp(1000) is inf on a GPU too, without a warning
             call(self, *arguments, **options)
 
+    def truth(self: Any) -> bool:
+        if self.handle.data.size == 1:
+            return bool(self.handle.data.item())
+        if sys._getframe(1).f_code.co_filename.startswith(triton_itself):  # asks "is there one?"
+            return True
+        raise NotYet(
+            "if, and, or, not and a < b < c take one value, and this is a block of them",
+            "use tl.where for a choice, and & | ~ with brackets around each comparison",
+        )
+
     def patch_lang_tensor(tensor: Any, *scope: Any) -> None:
-        # range(0, n) asks a one-element array for an integer, which NumPy 2.4 no longer gives.
         patch_tensor(tensor, *scope)
+        tensor.__bool__ = truth
+        # range(0, n) asks a one-element array for an integer, which NumPy 2.4 no longer gives.
         tensor.__index__ = lambda self: self.handle.data.item()
 
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
