@@ -145,7 +145,8 @@ class StopWriter:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of the text that begins the stop string."""
-    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+    longest = min(len(stop) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class Assistant:

@@ -290,11 +290,11 @@ class _Writer:
         self._tokenizer = tokenizer
         self._parse = special_in_text
         self._ids: list[int] = []
-        self._text = ""
+        self._texts: list[str] = []
         self.where = ""
 
     def text(self, text: str) -> None:
-        self._text += text
+        self._texts.append(text)
 
     def special(self, token: str, count: int = 1) -> None:
         self.finish()
@@ -302,7 +302,7 @@ class _Writer:
 
     def finish(self) -> list[int]:
         try:
-            ids = self._tokenizer.encode(self._text, special=self._parse)
+            ids = self._tokenizer.encode("".join(self._texts), special=self._parse)
         except PromptError as error:
             raise PromptError(f"{self.where}: {error}") from error
         if self._parse and self._tokenizer.id_of(AUDIO) in ids:
@@ -311,7 +311,7 @@ class _Writer:
                 ' {"type": "audio", "audio": ...}'
             )
         self._ids += ids
-        self._text = ""
+        self._texts.clear()
         return self._ids
 
 

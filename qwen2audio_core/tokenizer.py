@@ -175,6 +175,12 @@ class Tokenizer:
             return b"" if skip else self._added[token]["content"].encode()
         return bytes(_BYTES[symbol] for symbol in self._plain.id_to_token(token) or "")
 
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest token: a text of n bytes, in Unicode's form NFC, has n / longest
+        tokens at least."""
+        return max(len(self.bytes_of(token, skip_special=False)) for token in range(len(self)))
+
     def id_of(self, token: str) -> int:
         """The id of a token, named as in the vocabulary, for example "<|AUDIO|>".
 

@@ -10,6 +10,7 @@ import pytest
 openai = pytest.importorskip("openai")
 
 from live_server import CLIPS, NAME, linked, live, small, spoken, wav  # noqa: E402
+from openai.types.audio import TranscriptionVerbose  # noqa: E402
 
 from qwen2audio_core import transcribe  # noqa: E402
 from qwen2audio_core.assistant import change  # noqa: E402
@@ -48,6 +49,9 @@ def test_models(server):
         server.client.chat.completions.create(model="a/b", messages=[])
     assert caught.value.code == "model_not_found" and caught.value.param == "model"
     assert server.http.get("/health").json() == {"status": "ok", "model": NAME}
+    for path in ("/health", "/v1/models", f"/v1/models/{NAME}", "/metrics"):
+        head = server.http.head(path)
+        assert head.status_code == 200 and not head.content
 
 
 def test_a_text_is_answered_as_without_a_server(assistant, server):
@@ -332,7 +336,12 @@ def test_transcripts_in_every_format(server, recording, written):
         assert ours.start == pytest.approx(theirs.start, abs=1e-3)
         assert ours.end == pytest.approx(theirs.end, abs=1e-3)
         assert ours.avg_logprob < 0 and ours.temperature == 0 and ours.compression_ratio > 0
-        assert ours.no_speech_prob is None
+        assert ours.no_speech_prob == 0.0
+    raw = server.client.audio.transcriptions.with_raw_response.create(
+        model=NAME, file=recording, response_format="verbose_json", language="en"
+    )
+    assert "qwen2audio-notices" not in raw.headers  # they are in the body
+    TranscriptionVerbose.model_validate_json(raw.text)
 
 
 def test_translations(server, recording, written):
@@ -381,6 +390,10 @@ def test_what_a_form_can_get_wrong(server):
         error = answer.json()["error"]
         assert message in error["message"] and error["type"] == "invalid_request_error"
 
+        return error["param"]
+
+    assert refused("language 'xx' is not one", language="xx") == "language"
+    assert refused("too short", files={"file": ("a.wav", wav(0.01))}) == "file"
     refused("model is missing", model=None)
     refused("one of json, text, srt, vtt, verbose_json", response_format="docx")
     refused("can only be segment", **{"timestamp_granularities[]": ["word", "segment"]})

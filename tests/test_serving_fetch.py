@@ -209,6 +209,9 @@ def test_redirects_are_followed_and_counted(names):
         with pytest.raises(AudioError, match="more than 5 redirects"):
             get(f"http://sound.test:{port}/", private=False)
         assert len(asked) == 6
+    names["sound.test"] = [["127.0.0.1"]]
+    with serving(moved("http://[x")) as (port, _), pytest.raises(AudioError, match="not a URL"):
+        get(f"http://sound.test:{port}/", private=False)
 
 
 def test_a_name_that_changes_its_address_gains_nothing(names):

@@ -1,5 +1,6 @@
 """What the server allows, to whom, how long; and that nothing a caller does brings it down."""
 
+import gc
 import http.server
 import io
 import json
@@ -8,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -19,7 +21,10 @@ soundfile = pytest.importorskip("soundfile")
 
 from live_server import CLIPS, NAME, linked, live, small, spoken, wait, wav  # noqa: E402
 
+from qwen2audio_core.assistant import StopWriter  # noqa: E402
+from qwen2audio_core.serving import run as running  # noqa: E402
 from qwen2audio_core.serving import sources  # noqa: E402
+from qwen2audio_core.serving.app import _in_a_header  # noqa: E402
 
 TURN = {"model": NAME, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -478,11 +483,168 @@ def refuses(server):
     return False
 
 
-def test_the_end_does_not_wait_for_ever(assistant):
-    with live(assistant, grace=0.5) as server, slowly(server, 0.05):
-        held = open_request(server, TURN | LONG)
-        wait(lambda: server.service.engine.active == 1)
+def test_the_end_does_not_wait_for_ever_and_says_so(assistant):
+    with ThreadPoolExecutor(3) as pool, live(assistant, grace=0.5) as server, slowly(server, 0.05):
+        whole = pool.submit(server.post, TURN | LONG)
+        stream = pool.submit(server.post, TURN | LONG | {"stream": True})
+        wait(lambda: server.service.engine.active == 2)
         began = time.monotonic()
         server.stop()
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 4
+        refused(whole.result(), 503, "the server is shutting down", "shutting_down")
+        assert whole.result().headers["Retry-After"]
+        last = stream.result().text.strip().splitlines()[-1].removeprefix("data: ")
+        assert json.loads(last)["error"]["code"] == "shutting_down"
+
+
+def test_who_does_not_take_his_answer_holds_up_no_end(assistant, monkeypatch):
+    monkeypatch.setattr(running, "LAST_WORDS", 1)
+    with live(assistant, grace=0.5) as server:
+        sending = HEAD + "Content-Length: 100\r\n\r\n"  # and never does
+        held = open_request(server, head=sending)
+        wait(lambda: server.service.open == 1)
+        began = time.monotonic()
+        server.stop()
+        assert time.monotonic() - began < 4
         held.close()
+
+
+# --- what nobody keeps ----------------------------------------------------------------------------
+
+
+def test_a_request_that_fails_leaves_nothing_in_memory(server, monkeypatch):
+    """Not even until the next collection of garbage, which few and large tensors do not hasten."""
+    heard, waveform = [], sources.waveform
+
+    def noted(*arguments):
+        made = waveform(*arguments)
+        heard.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(sources, "waveform", noted)
+    broken = [spoken(wav(1)), spoken(b"RIFF but nothing else")]
+    long = [spoken(wav(1)), {"type": "text", "text": "word " * 3000}]
+    gc.collect()
+    gc.disable()
+    try:
+        for content in (broken, long):
+            body = TURN | {"messages": [{"role": "user", "content": content}]}
+            for stream in (False, True):
+                refused(server.post(body | {"stream": stream}), 400)
+        files = {"file": ("a.wav", wav(1))}
+        form = {"model": NAME, "prompt": "<|AUDIO|>"}
+        refused(server.http.post("/v1/audio/transcriptions", data=form, files=files), 400)
+        assert len(heard) == 5
+        wait(lambda: not any(one() is not None for one in heard), 5)
+    finally:
+        gc.enable()
+
+
+def test_a_long_stop_string_that_begins_everywhere(assistant):
+    writer = StopWriter(assistant.tokenizer, "x" * 10**6 + "y")
+    (token,) = assistant.tokenizer.encode("x")
+    began = time.perf_counter()
+    assert "".join(writer.push(token) for _ in range(300)) + writer.finish() == "x" * 300
+    assert time.perf_counter() - began < 2
+
+
+# --- for programs around it -----------------------------------------------------------------------
+
+
+def test_text_that_cannot_fit_has_its_code(assistant, server, monkeypatch):
+    def told(text, **more):
+        body = TURN | {"messages": [{"role": "user", "content": text}]} | more
+        return refused(server.post(body), 400, "the context holds 2,048", "context_length_exceeded")
+
+    for words in (1000, 3000):  # that is, within the model's own context and beyond it
+        assert told("hello world " * words)["param"] == "messages"
+    monkeypatch.setattr("qwen2audio_core.serving.chat.encode", None)  # which is not asked
+    size = server.service.most_text + 1
+    assert f"{size:,} characters" in told("x" * size)["message"]
+    parts = [{"type": "text", "text": "e\u0301"}] * 2  # one character in form NFC
+    monkeypatch.setattr(server.service, "most_text", 1)
+    told(parts)
+    monkeypatch.setattr(server.service, "most_text", 2)
+    assert server.post(TURN | {"messages": [{"role": "user", "content": parts}]}).status_code == 500
+
+
+def test_a_window_takes_what_room_there_is(assistant):
+    with live(assistant, engine={"max_tokens": 900}) as server:
+        form = {"model": NAME, "language": "en", "response_format": "verbose_json"}
+        files = {"file": ("long.wav", wav(29))}
+        answer = server.http.post("/v1/audio/transcriptions", data=form, files=files).json()
+        (segment,) = answer["segments"]
+        assert segment["finish_reason"] in ("stop", "length") and len(segment["tokens"]) > 100
+        assert ("notices" in answer) == (segment["finish_reason"] == "length")
+
+
+def test_notices_in_a_header():
+    assert _in_a_header([]) == ""
+    assert _in_a_header(["a\nb", "ü 語"]) == "a b; ü ?"
+    told = _in_a_header([f"notice {i:04}" for i in range(500)])
+    assert len(told) < 1050 and told.startswith("notice 0000; notice 0001")
+    kept = told.count("notice")
+    assert told.endswith(f"; and {500 - kept} more") and kept > 70
+    assert _in_a_header(["x" * 2000]) == "x" * 2000
+
+
+def test_requests_have_names(server, caplog, monkeypatch):
+    given = {"x-request-id": "mine-1"}
+    assert server.http.get("/health", headers=given).headers["x-request-id"] == "mine-1"
+    other = [server.http.get("/nowhere").headers["x-request-id"] for _ in range(2)]
+    assert other[0].startswith("req_") and other[0] != other[1]
+    for wrong in ("a b", "é", "x" * 101):
+        found = server.http.get("/health", headers={"x-request-id": wrong.encode("latin-1")})
+        assert found.headers["x-request-id"].startswith("req_")
+    assert server.chat()._request_id.startswith("req_")
+    monkeypatch.setattr("qwen2audio_core.serving.chat.encode", None)
+    refused(server.post(TURN, headers=given), 500)
+    assert "/v1/chat/completions failed, request mine-1" in caplog.text
+
+
+def test_no_redirect_leads_past_a_proxys_prefix(server):
+    refused(server.post(TURN, path="/v1/chat/completions/"), 404, "is not here")
+
+
+def test_pages_that_are_allowed_to_call(assistant):
+    page = {"Origin": "https://page.test"}
+    asking = page | {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    options = {"api_key": "sesame", "origins": frozenset({page["Origin"]})}
+    with live(assistant, **options) as server:
+        allowed = server.http.options("/v1/chat/completions", headers=asking)
+        assert allowed.status_code == 200
+        assert allowed.headers["Access-Control-Allow-Origin"] == page["Origin"]
+        assert "authorization" in allowed.headers["Access-Control-Allow-Headers"]
+        answer = server.post(TURN, headers=page)
+        assert answer.headers["Access-Control-Allow-Origin"] == page["Origin"]
+        wrong = server.post(TURN, headers=page | {"Authorization": "Bearer wrong"})
+        assert wrong.status_code == 401 and "Access-Control-Allow-Origin" in wrong.headers
+        other = server.post(TURN, headers={"Origin": "https://other.test"})
+        assert "Access-Control-Allow-Origin" not in other.headers
+    names = frozenset({"localhost", "127.0.0.1"})
+    with live(assistant, hosts=names, origins=frozenset({page["Origin"]})) as server:
+        assert server.post(TURN, headers=page).status_code == 200
+        refused(server.post(TURN, headers={"Origin": "https://other.test"}), 403)
+        refused(server.post(TURN, headers=page | {"Host": "evil.test"}), 403)
+    with live(assistant, hosts=names, origins=frozenset({"*"})) as server:
+        assert server.post(TURN, headers=page).headers["Access-Control-Allow-Origin"] == "*"
+
+
+def test_streams_are_counted_as_they_ended(assistant):
+    line = 'qwen2audio_requests_total{endpoint="/v1/chat/completions",status="%d"}'
+    with live(assistant, request_seconds=1.0) as server, slowly(server):
+        body = TURN | LONG | {"stream": True}
+        typical = server.service._typical
+        assert '"code": "timeout"' in server.post(body).text
+        wait(lambda: server.metric(line % 504) == 1)
+        held = open_request(server, body)
+        wait(lambda: server.service.engine.active == 1)
+        held.recv(100)
+        held.close()
+        wait(lambda: server.metric(line % 499) == 1)
+        assert server.metric(line % 200) == 0 and server.service._typical == typical
+        assert "[DONE]" in server.post(TURN | {"stream": True}).text
+        wait(lambda: server.metric(line % 200) == 1)

@@ -187,6 +187,14 @@ def test_whom_it_trusts_by_default(start, tmp_path, monkeypatch):
     monkeypatch.setenv("QWEN2AUDIO_API_KEY", "sesame")
     result, policy, _ = start("--host", "0.0.0.0", "--model", str(tmp_path), "--max-body-mb", "1")
     assert "warning" not in result.output and policy.api_key == "sesame"
+    assert start("--api-key", "key\n")[1].api_key == "key"  # as a file with a secret ends
+    assert start()[1].origins == frozenset()
+    pages = ("https://a.test", "https://b.test")
+    found = start("--allow-origin", pages[0], "--allow-origin", pages[1])[1]
+    assert found.origins == {*pages}
+    monkeypatch.setenv("QWEN2AUDIO_API_KEY", "")
+    assert "QWEN2AUDIO_API_KEY is empty" in str(start("--host", "0.0.0.0")[0].exception)
+    monkeypatch.delenv("QWEN2AUDIO_API_KEY")
     assert policy.name == tmp_path.name and policy.body_bytes == 2**20
     assert start("--name", "mine")[1].name == "mine"
 
@@ -196,8 +204,12 @@ def test_whom_it_trusts_by_default(start, tmp_path, monkeypatch):
     [
         (["--slots", "0"], "--slots is 0"),
         (["--grace", "-1"], "--grace is -1"),
+        (["--grace", "inf"], "--grace is inf"),
+        (["--grace", "nan"], "--grace is nan"),
+        (["--timeout", "nan"], "request_seconds is nan"),
+        (["--prefix-mb", "-5"], "--prefix-mb is -5"),
         (["--context", "-1"], "--context is -1"),
-        (["--context", "63"], "--context is 63, it must be at least 64"),
+        (["--context", "63"], "--context is 63, it must be a number of at least 64"),
         (["--max-clips", "0"], "clips is 0"),
         (["--allow-files", "/nowhere"], "/nowhere: not a folder"),
         (["--host", "no such host"], "cannot listen at no such host"),

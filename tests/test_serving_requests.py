@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 
 import pytest
 
@@ -12,6 +13,7 @@ from qwen2audio_core.serving.problems import ApiError, problem
 from qwen2audio_core.serving.requests import Clip, parse_chat, parse_speech
 
 POLICY = Policy("tiny", clips=2, answers=4, answer_tokens=100)
+TEXT = {"type": "text", "text": "x"}
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
 
 
@@ -68,7 +70,7 @@ def test_what_is_asked_for():
     assert parse(stop="x").stop == ("x",) and parse(stop=None).stop == ()
     greedy = parse(temperature=0, top_p=0.3, top_k=5).changes
     assert greedy["greedy"] is True and not {"top_p", "top_k", "temperature"} & set(greedy)
-    assert parse(top_p=0).changes["top_p"] > 0
+    assert parse(top_p=0).changes["top_p"] > 0 and parse(top_k=-1).changes["top_k"] == 0
     assert 0 <= parse(seed=-5).seed < 2**62
 
 
@@ -110,8 +112,13 @@ def test_fields_that_nobody_knows():
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"seed": 2**63}, "seed is"),
         ({"seed": "x" * 500}, "seed is"),
-        ({"stop": ["a", ""]}, "none empty"),
-        ({"stop": "", "n": 1}, "none empty"),
+        ({"stop": ["a", ""]}, "each of 1 to 1,000 characters"),
+        ({"stop": "", "n": 1}, "each of 1 to 1,000 characters"),
+        ({"stop": ["a", "b" * 1001]}, "each of 1 to 1,000 characters"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"top_p": -(10**400)}, "top_p is -1000"),
+        ({"top_k": -2}, "top_k is -2"),
+        ({"messages": [{"role": "user", "content": [TEXT] * 5001}] * 2}, "hold 10,002 parts"),
         ({"stop": ["a"] * 17}, "up to 16"),
         ({"stop": {"a": 1}}, "stop is"),
         ({"logprobs": 3}, "logprobs is 3, expected true or false"),
@@ -167,6 +174,8 @@ def test_parts():
     for fields, source in (
         ({"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}, b"RIFF"),
         ({"type": "input_audio", "input_audio": {"data": data}}, b"RIFF"),
+        ({"type": "input_audio", "input_audio": {"data": f"{data[:4]}\r\n{data[4:]}\n"}}, b"RIFF"),
+        ({"type": "audio_url", "audio_url": url, "cache_control": {"type": "ephemeral"}}, url),
         ({"type": "input_audio", "input_audio": {"data": "data:,x"}}, "data:,x"),
         ({"type": "audio_url", "audio_url": {"url": url}}, url),
         ({"type": "audio_url", "audio_url": url}, url),
@@ -196,7 +205,7 @@ def test_parts():
         ({"type": "input_audio", "input_audio": "x"}, "[0].input_audio is missing or not"),
         ({"type": "input_audio", "input_audio": {"format": "wav"}}, "input_audio.data is missing"),
         ({"type": "input_audio", "input_audio": {"data": "?" * 999}}, "expected base64"),
-        ({"type": "input_audio", "input_audio": {"data": "AA\n=="}}, "expected base64"),
+        ({"type": "input_audio", "input_audio": {"data": "AA\n="}}, "expected base64"),
         ({"type": "input_audio", "input_audio": {"data": "", "id": 1}}, "input_audio.id is not a"),
         ({"type": "audio_url", "audio_url": {}}, "audio_url.url is missing"),
         ({"type": "audio_url", "audio_url": {"url": "ftp://x"}}, "http, https, data or file URL"),
@@ -234,7 +243,8 @@ def test_forms():
     assert full.changes["temperature"] == 0.5 and full.changes["repetition_penalty"] == 1.1
     assert "greedy" not in full.changes
     assert parse_speech({"model": ["tiny"], "temperature": ["0"]}, POLICY).changes["greedy"]
-    assert parse_speech({"model": ["tiny"], "language": [""]}, POLICY).language is None
+    for given, language in (("", None), ("EN", "en"), ("en-US", "en"), ("zh_CN", "zh")):
+        assert parse_speech({"model": ["tiny"], "language": [given]}, POLICY).language == language
 
 
 # --- the policy -----------------------------------------------------------------------------------
@@ -242,7 +252,10 @@ def test_forms():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"clips": 0}, {"body_bytes": -1}, {"request_seconds": 0}, {"api_key": " "}, {"api_key": "é"}],
+    [
+        *({"clips": 0}, {"body_bytes": -1}, {"request_seconds": 0}, {"body_seconds": math.nan}),
+        *({"api_key": ""}, {"api_key": "é"}, {"api_key": "two words"}, {"api_key": "line\n"}),
+    ],
 )
 def test_policies_that_make_no_sense(wrong, tmp_path):
     with pytest.raises(InputError):

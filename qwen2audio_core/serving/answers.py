@@ -14,6 +14,7 @@ from typing import Any
 from qwen2audio_core.assistant import StopWriter, change
 from qwen2audio_core.chat import Prompt
 from qwen2audio_core.engine import Request
+from qwen2audio_core.errors import InputError
 from qwen2audio_core.sampling import Settings
 from qwen2audio_core.serving.problems import ApiError
 from qwen2audio_core.serving.service import Service
@@ -98,6 +99,7 @@ class Run:
 
     changes   to the checkpoint's settings
     tokens    most of each answer; None for what there is room for, within the server's limit
+    fit       take what there is room for also where that is less than `tokens`
     answers   how many, the seeds of the later ones following the first one's
     logprobs  alternatives to each token, None for no log-probabilities
     live      News of every piece, and not only one of each whole answer
@@ -109,6 +111,7 @@ class Run:
         changes: dict[str, Any],
         *,
         tokens: int | None = None,
+        fit: bool = False,
         answers: int = 1,
         seed: int | None = None,
         stop: tuple[str, ...] = (),
@@ -119,7 +122,7 @@ class Run:
         self.prompt: Prompt
         self._service = service
         self._settings = change(service.assistant.settings, **changes)
-        self._tokens, self._answers, self._seed = tokens, answers, seed
+        self._tokens, self._fit, self._answers, self._seed = tokens, fit, answers, seed
         self._stop, self._logprobs, self._live = stop, logprobs, live
         self._over = threading.Event()  # nobody waits any more
         self._news: asyncio.Queue[News] = asyncio.Queue()
@@ -133,7 +136,7 @@ class Run:
         if self._over.is_set():
             return
         if not self._service.engine.open:
-            raise ApiError(503, "the engine has ended, see the log", code="engine_ended")
+            raise self._service.ended()
         prompt = self.prompt = make_prompt()
         settings = self._fitting(len(prompt.ids), sum(prompt.audio_tokens))
         self._service.metrics.prompt(len(prompt.ids), sum(prompt.audio_tokens))
@@ -156,14 +159,19 @@ class Run:
                 self._service.metrics.answer(request)
                 writing.on_end(request)
 
-            request = self._service.engine.submit(
-                prompt,
-                settings,
-                seed=None if self._seed is None else self._seed + i,
-                on_token=writing.on_token,
-                on_end=on_end,
-                logprobs=self._logprobs,
-            )
+            try:
+                request = self._service.engine.submit(
+                    prompt,
+                    settings,
+                    seed=None if self._seed is None else self._seed + i,
+                    on_token=writing.on_token,
+                    on_end=on_end,
+                    logprobs=self._logprobs,
+                )
+            except InputError as error:
+                if self._service.engine.open:
+                    raise
+                raise self._service.ended() from error  # meanwhile
             self.requests.append(request)
             if self._over.is_set():  # meanwhile
                 self.cancel()
@@ -172,20 +180,31 @@ class Run:
     def _fitting(self, prompt: int, audio: int) -> Settings:
         """The settings, with as many tokens for an answer as there is room for behind a prompt."""
         policy, engine = self._service.policy, self._service.engine
-        context = engine.max_tokens
-        room = context - prompt
-        if room < (self._tokens or 1):
-            answer = f" and {self._tokens:,} for the answer" if self._tokens else ""
-            raise ApiError(
-                400,
-                f"the context holds {context:,} tokens, the messages have {prompt:,}, {audio:,} of"
-                f" them for audio{answer}: send less, or ask for fewer",
-                param="messages",
-                code="context_length_exceeded",
+        room = engine.max_tokens - prompt
+        wanted = None if self._fit else self._tokens
+        if room < (wanted or 1):
+            answer = f" and {wanted:,} for the answer" if wanted else ""
+            found = f"the messages have {prompt:,}, {audio:,} of them for audio{answer}"
+            raise self.too_long(
+                found + (": send less, or ask for fewer" if wanted else ": send less")
             )
-        tokens = self._tokens or min(room, policy.answer_tokens)
+        tokens = min(room, self._tokens or policy.answer_tokens)
         least = min(self._settings.min_new_tokens, tokens)
         return change(self._settings, max_new_tokens=tokens, min_new_tokens=least)
+
+    def too_long(self, found: str) -> ApiError:
+        """The error for what does not fit."""
+        return ApiError(
+            400,
+            f"the context holds {self._service.engine.max_tokens:,} tokens, {found}",
+            param="messages",
+            code="context_length_exceeded",
+        )
+
+    def check(self) -> None:
+        """Go no further for a caller who no longer waits. For the thread that makes the prompt."""
+        if self._over.is_set():
+            raise ApiError(499, "the caller has left", code="caller_left")
 
     async def __aiter__(self) -> AsyncIterator[News]:
         """News until all answers have ended. Raises what ended one of them."""
@@ -197,7 +216,7 @@ class Run:
                 assert error is not None
                 raise error
             if news.finish_reason == "cancelled":  # by the engine, which has been closed
-                raise ApiError(503, "the server is shutting down", code="shutting_down")
+                raise self._service.ended()
             running -= bool(news.finish_reason)
             yield news
 

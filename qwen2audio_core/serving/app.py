@@ -4,12 +4,15 @@ import asyncio
 import hmac
 import json
 import logging
+import re
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen2audio_core.serving.chat import Completion
+from qwen2audio_core.serving.policy import Policy
 from qwen2audio_core.serving.problems import ApiError, problem
 from qwen2audio_core.serving.requests import bad, parse_chat, parse_speech
 from qwen2audio_core.serving.service import Service, Ticket
@@ -29,6 +32,7 @@ Send = Callable[[Any], Awaitable[None]]
 CHAT = "/v1/chat/completions"
 SPEECH = {"/v1/audio/transcriptions": False, "/v1/audio/translations": True}  # translate?
 ENDPOINTS = {CHAT, *SPEECH, "/v1/models", "/health", "/metrics"}
+NOTICES = 1000  # characters of the header; proxies take 4 KB of all of them
 PING_SECONDS = 15.0  # of silence in a stream, after which a comment shows proxies that it lives
 
 log = logging.getLogger("uvicorn.error")
@@ -39,11 +43,23 @@ def create_app(service: Service) -> "FastAPI":
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, PlainTextResponse, Response
     from starlette.exceptions import HTTPException
+    from starlette.middleware.cors import CORSMiddleware
 
-    # No page of documentation: it would load scripts from other hosts.
-    app = FastAPI(title="qwen2audio", openapi_url=None, docs_url=None, redoc_url=None)
-    app.add_middleware(_Gate, service=service)
     policy = service.policy
+    # No page of documentation: it would load scripts from other hosts. No redirects to paths with
+    # or without a last slash: they would lead past a proxy's prefix.
+    app = FastAPI(
+        title="qwen2audio", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
+    app.add_middleware(_Gate, service=service)
+    if policy.origins:  # around the gate: browsers ask what is allowed without the key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=sorted(policy.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "qwen2audio-notices", "retry-after"],
+        )
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -93,17 +109,16 @@ def create_app(service: Service) -> "FastAPI":
             found = await _answered(request, work, policy.request_seconds)
         finally:
             await form.close()
-        told = " ".join("; ".join(recording.notices).split())
-        told = told.encode("latin-1", "replace").decode("latin-1")
+        if not isinstance(found, str):
+            return JSONResponse(found)
+        told = _in_a_header(recording.notices)
         headers = {"qwen2audio-notices": told} if told else None
-        if isinstance(found, str):
-            kind = KINDS[texts["response_format"][0]]
-            return Response(found, media_type=kind, headers=headers)
-        return JSONResponse(found, headers=headers)
+        return Response(found, media_type=KINDS[texts["response_format"][0]], headers=headers)
 
     for path in SPEECH:
         app.post(path)(speech)
 
+    get = partial(app.api_route, methods=["GET", "HEAD"])
     about = {
         "id": policy.name,
         "object": "model",
@@ -111,24 +126,24 @@ def create_app(service: Service) -> "FastAPI":
         "owned_by": "qwen2audio",
     }
 
-    @app.get("/v1/models")
+    @get("/v1/models")
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [about]})
 
-    @app.get("/v1/models/{name:path}")
+    @get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         if name != policy.name:
             message = f"there is no model {name!r} here, this server has {policy.name!r}"
             return respond(ApiError(404, message, param="model", code="model_not_found"))
         return JSONResponse(about)
 
-    @app.get("/health")
+    @get("/health")
     async def health() -> Response:
         up = service.engine.open
         state = {"status": "ok" if up else "the engine has ended", "model": policy.name}
         return JSONResponse(state, 200 if up else 503)
 
-    @app.get("/metrics")
+    @get("/metrics")
     async def metrics() -> Response:
         text, kind = service.metrics.text()
         return PlainTextResponse(text, media_type=kind)
@@ -140,6 +155,18 @@ def respond(error: ApiError) -> "Response":
     from starlette.responses import JSONResponse
 
     return JSONResponse(error.body, error.status, error.headers)
+
+
+def _in_a_header(notices: list[str]) -> str:
+    """As many of them as fit, in the characters that a header has."""
+    kept: list[str] = []
+    for notice in notices:
+        if kept and len("; ".join([*kept, notice])) > NOTICES:
+            kept.append(f"and {len(notices) - len(kept)} more")
+            break
+        kept.append(notice)
+    told = " ".join("; ".join(kept).split())
+    return told.encode("latin-1", "replace").decode("latin-1")
 
 
 class _Gate:
@@ -155,6 +182,7 @@ class _Gate:
             return
         service, began, status = self._service, time.perf_counter(), 0
         ticket = scope["ticket"] = Ticket(service)
+        name = scope["request_id"] = _request_id(scope)
         work = scope["method"] == "POST"
         received = 0
 
@@ -172,6 +200,7 @@ class _Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
             await send(message)
 
         service.open += work
@@ -180,16 +209,14 @@ class _Gate:
             self._admit(scope)
             await self._app(scope, measured, watched)
         except Exception as error:
-            found = problem(error)
-            if found.status >= 500 and not isinstance(error, ApiError):
-                log.error("%s failed", scope["path"], exc_info=error)
             if status:  # the head of an answer has been sent
                 raise
-            await respond(found)(scope, receive, watched)
+            await respond(explained(error, scope))(scope, receive, watched)
         finally:
             service.open -= work
             service.metrics.open_requests.set(service.open)
             ticket.give_back()
+            status = scope.get("outcome", status)
             path, seconds = scope["path"], time.perf_counter() - began
             if work and status == 200:
                 service.took(seconds)
@@ -200,7 +227,7 @@ class _Gate:
 
         service, policy, headers = self._service, self._service.policy, Headers(scope=scope)
         if policy.hosts is not None:
-            _check_names(headers, policy.hosts)
+            _check_names(headers, policy)
         if policy.api_key is not None and scope["path"] != "/health":
             scheme, _, key = headers.get("authorization", "").partition(" ")
             same = hmac.compare_digest(key.strip().encode(), policy.api_key.encode())
@@ -220,12 +247,33 @@ class _Gate:
             raise _too_large(service)
 
 
-def _check_names(headers: "Headers", hosts: frozenset[str]) -> None:
+def explained(error: Exception, scope: Scope) -> ApiError:
+    """What a caller is told of an exception; the log has what is ours. The exception loses its
+    traceback: with it, it is part of a cycle, through the frames that hold it, which keeps all that
+    they hold, such as the request's sound, until a collection that may be long in coming.
+    """
+    found = problem(error)
+    if found.status >= 500 and not isinstance(error, ApiError):
+        log.error("%s failed, request %s", scope["path"], scope["request_id"], exc_info=error)
+    error.__traceback__ = None
+    return found
+
+
+def _request_id(scope: Scope) -> str:
+    """The caller's own name for a request, if it is one that a log can hold, or a new one."""
+    given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    return given if re.fullmatch("[!-~]{1,100}", given) else f"req_{uuid.uuid4().hex}"
+
+
+def _check_names(headers: "Headers", policy: Policy) -> None:
     """Refuse calls by another name than this machine's own: they come from somebody's web page."""
     from urllib.parse import urlsplit
 
+    hosts, origin = policy.hosts or (), headers.get("origin")
     for header, prefix in (("host", "//"), ("origin", "")):
         if header not in headers:
+            continue
+        if header == "origin" and ({origin, "*"} & policy.origins):
             continue
         try:
             name = urlsplit(prefix + headers[header]).hostname
@@ -284,8 +332,8 @@ async def _answered(request: "Request", work: Coroutine[Any, Any, T], seconds: f
             raise _left()
         raise ApiError(504, f"no answer within {seconds:g} s", code="timeout")
     finally:
-        for one in (task, gone):
-            one.cancel()
+        task.cancel()
+        gone.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
@@ -325,12 +373,13 @@ async def _stream(completion: Completion, request: "Request", seconds: float) ->
                 pings = asyncio.ensure_future(ping())
                 try:
                     # A caller who does not read gets a little longer, to be told of the time-out.
-                    await _answered(request, _emit(completion, emit, left), left + 5)
+                    work = _emit(completion, emit, left, scope)
+                    scope["outcome"] = await _answered(request, work, left + 5)
                 finally:
                     pings.cancel()
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
-            except ApiError:  # nobody is there to be told
-                pass
+            except ApiError as error:  # nobody is there to be told
+                scope["outcome"] = explained(error, scope).status
             finally:
                 completion.run.cancel()
 
@@ -340,17 +389,20 @@ async def _stream(completion: Completion, request: "Request", seconds: float) ->
 
 
 async def _emit(
-    completion: Completion, emit: Callable[[str], Awaitable[None]], seconds: float
-) -> None:
-    """Server-sent events: every chunk, and at the end [DONE] or the error."""
+    completion: Completion, emit: Callable[[str], Awaitable[None]], seconds: float, scope: Scope
+) -> int:
+    """Server-sent events: every chunk, and at the end [DONE] or the error. Returns its status."""
     try:
         async with asyncio.timeout(seconds):
             async for chunk in completion.chunks():
                 await emit(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n")
         await emit("data: [DONE]\n\n")
+        return 200
+    except TimeoutError:
+        late = ApiError(504, "not finished in time", code="timeout")
+        await emit(f"data: {json.dumps(late.body)}\n\n")
+        return late.status
     except Exception as error:
-        late = isinstance(error, TimeoutError)
-        found = ApiError(504, "not finished in time", code="timeout") if late else problem(error)
-        if found.status == 500:
-            log.error("a stream failed", exc_info=error)
+        found = explained(error, scope)
         await emit(f"data: {json.dumps(found.body)}\n\n")
+        return found.status

@@ -1,12 +1,13 @@
 """/v1/chat/completions: a conversation with clips in, answers out, whole or in pieces."""
 
 import time
+import unicodedata
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
 from qwen2audio_core import __version__
-from qwen2audio_core.chat import Prompt
+from qwen2audio_core.chat import Prompt, encode
 from qwen2audio_core.frontend import SAMPLE_RATE
 from qwen2audio_core.sampling import Likelihood
 from qwen2audio_core.serving import sources
@@ -58,6 +59,7 @@ class Completion:
         await self.run.begin(lambda: self._prompt(clips))
 
     def _prompt(self, clips: list[Clip]) -> Prompt:
+        self._check_texts()
         waveforms = sources.decode(clips, self._service.policy)
         for waveform in waveforms:
             self._ticket.take(waveform.nbytes)
@@ -76,7 +78,13 @@ class Completion:
             {"role": message["role"], "content": content(message["content"])}
             for message in self._request.messages
         ]
-        return self._service.assistant.encode(messages, notice=lambda _: None)  # see _notices
+        self.run.check()
+        return encode(messages, self._service.assistant.tokenizer)
+
+    def _check_texts(self) -> None:
+        size = sum(len(unicodedata.normalize("NFC", text)) for text in self._request.texts)
+        if size > self._service.most_text:
+            raise self.run.too_long(f"the messages have {size:,} characters: send less")
 
     async def whole(self) -> dict[str, Any]:
         """All answers, in one object."""

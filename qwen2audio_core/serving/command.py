@@ -1,5 +1,7 @@
 """The command `qwen2audio serve`."""
 
+import math
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +22,13 @@ def serve(
             envvar="QWEN2AUDIO_API_KEY",
             show_envvar=False,
             help="Ask for this key. Rather set QWEN2AUDIO_API_KEY: others see a command line.",
+        ),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Let web pages of https://this.example call it; again for more, * for any.",
         ),
     ] = None,
     name: Annotated[
@@ -97,11 +106,14 @@ def serve(
     from qwen2audio_core.terminal import load, note, quiet_libraries
 
     check_installed()
+    if api_key is None and "QWEN2AUDIO_API_KEY" in os.environ:  # a secret that was not filled in
+        raise InputError("QWEN2AUDIO_API_KEY is empty: unset it for a server without a key")
     alone = host in LOOPBACK or host.startswith("127.")
     folder = Path(model).expanduser()
     policy = Policy(
         name=name or (folder.resolve().name if folder.is_dir() else model),
-        api_key=api_key,
+        api_key=None if api_key is None else api_key.strip(),  # secrets' files end in a new line
+        origins=frozenset(allow_origin or ()),
         hosts=frozenset({*LOOPBACK, host}) if alone and api_key is None else None,
         allow_files=allow_files,
         allow_private_urls=allow_private_urls,
@@ -121,9 +133,10 @@ def serve(
         ("--slots", slots, 1),
         ("--context", context, 64),  # a word in the published template takes 20 to 33
         ("--grace", grace, 0),
+        ("--prefix-mb", prefix_mb, 0),
     ):
-        if value < least:
-            raise InputError(f"{option} is {value:g}, it must be at least {least}")
+        if not least <= value < math.inf:
+            raise InputError(f"{option} is {value:g}, it must be a number of at least {least}")
     sock = bind(host, port)
     if not alone and api_key is None:
         note(f"warning: everybody who reaches {host} can use this server: set QWEN2AUDIO_API_KEY")

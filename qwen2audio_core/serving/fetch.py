@@ -44,7 +44,7 @@ async def fetch(url: str, *, private: bool, max_bytes: int, seconds: float) -> b
                 content = await _get(target, addresses, max_bytes, name)
                 if isinstance(content, bytes):
                     return content
-                url = urljoin(url, content)
+                url = _joined(url, content, name)
     except TimeoutError as error:
         raise AudioError(f"{name}: not downloaded: it took more than {seconds:g} s") from error
     except (OSError, h11.ProtocolError) as error:
@@ -77,6 +77,13 @@ class _Target:
     def header(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == (443 if self.secure else 80) else f"{host}:{self.port}"
+
+
+def _joined(url: str, location: str, name: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError as error:
+        raise AudioError(f"{name}: it leads to what is not a URL ({one_line(error)})") from error
 
 
 def _target(url: str, name: str) -> _Target:

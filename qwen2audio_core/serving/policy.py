@@ -1,6 +1,7 @@
 """What a server allows."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ class Policy:
 
     name                what the model is called in requests
     api_key             asked of everything but /health; None asks for none
+    origins             of web pages that may call it; "*" for any. It then answers as CORS asks
     hosts               names under which it may be called; None for any. With a name for this
                         machine alone, a web page in somebody's browser cannot reach it, neither
                         directly nor by making its own name point here
@@ -35,6 +37,7 @@ class Policy:
 
     name: str
     api_key: str | None = None
+    origins: frozenset[str] = frozenset()
     hosts: frozenset[str] | None = None
     allow_files: Path | None = None
     allow_private_urls: bool = False
@@ -56,10 +59,10 @@ class Policy:
             *("audio_seconds", "request_seconds", "body_seconds", "fetch_seconds", "workers"),
         )
         for name in numbers:
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # NaN is not, either
                 raise InputError(f"{name} is {getattr(self, name)}, it must be above 0")
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
-            raise InputError("the API key must be visible ASCII characters")
+        if self.api_key is not None and not re.fullmatch("[!-~]+", self.api_key):
+            raise InputError("the API key must be visible ASCII characters, and nothing between")
         if self.allow_files is not None and not self.allow_files.is_dir():
             raise InputError(f"{self.allow_files}: not a folder that files could be allowed of")
 

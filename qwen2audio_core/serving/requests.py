@@ -8,7 +8,6 @@ server (IGNORED) are not looked at. null is the same as no field.
 import base64
 import binascii
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +21,7 @@ IGNORED = (
     *("user", "safety_identifier", "metadata", "service_tier", "prompt_cache_key"),
     *("prompt_cache_retention", "parallel_tool_calls", "prediction"),
 )
+IGNORED_IN_PARTS = ("cache_control",)
 # Field -> the values that ask for nothing.
 IDLE: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
@@ -35,11 +35,14 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "store": (False,),
     "audio": (),
-    "reasoning_effort": (),
+    "reasoning_effort": ("none",),
     "verbosity": (),
     "web_search_options": (),
+    "min_p": (0,),
 }
 MAX_STOPS = 16
+MAX_STOP = 1000  # characters of one; whether one begins is looked for at every token
+MAX_PARTS = 10_000  # of all messages
 FORMATS = ("json", "text", "srt", "vtt", "verbose_json")
 
 
@@ -76,13 +79,19 @@ class ChatRequest:
     @property
     def clips(self) -> list[Clip]:
         """All sound, in order."""
-        items = [
-            item
-            for message in self.messages
-            if isinstance(message["content"], list)
-            for item in message["content"]
-        ]
-        return [item["audio"] for item in items if item["type"] == "audio"]
+        return [item["audio"] for item in self._items if item["type"] == "audio"]
+
+    @property
+    def texts(self) -> list[str]:
+        """All text."""
+        whole = [message["content"] for message in self.messages]
+        parts = [item["text"] for item in self._items if item["type"] == "text"]
+        return [content for content in whole if isinstance(content, str)] + parts
+
+    @property
+    def _items(self) -> list[dict[str, Any]]:
+        contents = [message["content"] for message in self.messages]
+        return [item for content in contents if isinstance(content, list) for item in content]
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,7 @@ class _Fields:
         if value is None:
             return None
         real = isinstance(value, int | float) and not isinstance(value, bool)
-        if not real or not math.isfinite(value) or not least <= value <= most:
+        if not real or not least <= value <= most:
             raise self.wrong(name, f"a number from {least:g} to {most:g}", value)
         return float(value)
 
@@ -243,7 +252,7 @@ def parse_speech(form: Mapping[str, Sequence[str]], policy: Policy) -> SpeechReq
     request = SpeechRequest(
         model,
         shape,
-        fields.text("language"),
+        _language(fields),
         fields.text("prompt"),
         changes,
         _seed(fields),
@@ -289,13 +298,21 @@ def _drawing(fields: _Fields) -> dict[str, Any]:
     drawing = {
         "temperature": fields.number("temperature", 0, 2),
         "top_p": fields.number("top_p", 0, 1),
-        "top_k": fields.whole("top_k", 0, 2**31),
+        "top_k": fields.whole("top_k", -1, 2**31),
     }
+    if drawing["top_k"] == -1:  # what vLLM calls all of them
+        drawing["top_k"] = 0
     if drawing["temperature"] is not None and drawing["temperature"] < 1e-4:
         return {"greedy": True}
     if drawing["top_p"] == 0:  # what is left of the likeliest is always one
         drawing["top_p"] = 1e-9
     return drawing
+
+
+def _language(fields: _Fields) -> str | None:
+    """The primary tag, in small letters: en for en-US."""
+    language = fields.text("language")
+    return None if language is None else language.replace("_", "-").partition("-")[0].lower()
 
 
 def _seed(fields: _Fields) -> int | None:
@@ -309,14 +326,19 @@ def _stop(fields: _Fields) -> tuple[str, ...]:
     if stops is None:
         return ()
     good = isinstance(stops, list) and all(isinstance(stop, str) and stop for stop in stops)
-    if not good or len(stops) > MAX_STOPS:
-        raise fields.wrong("stop", f"a text or up to {MAX_STOPS} of them, none empty", value)
+    if not good or len(stops) > MAX_STOPS or max(map(len, stops), default=0) > MAX_STOP:
+        expected = f"a text or up to {MAX_STOPS} of them, each of 1 to {MAX_STOP:,} characters"
+        raise fields.wrong("stop", expected, value)
     return tuple(stops)
 
 
 def _messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise bad("messages", 'must be a list such as [{"role": "user", "content": "Hello"}]')
+    given = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = sum(len(content) if isinstance(content, list) else 1 for content in given)
+    if parts > MAX_PARTS:
+        raise bad("messages", f"hold {parts:,} parts, at most {MAX_PARTS:,} are taken")
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
@@ -348,12 +370,12 @@ def _part(part: Any, where: str) -> dict[str, Any]:
     kind = fields.text("type", required=True)
     if kind == "text":
         text = fields.text("text", required=True)
-        fields.end()
+        fields.end(IGNORED_IN_PARTS)
         return {"type": "text", "text": text}
     if kind not in ("input_audio", "audio_url"):
         raise fields.wrong("type", "text, input_audio or audio_url", kind)
     value = fields.take(kind)
-    fields.end()
+    fields.end(IGNORED_IN_PARTS)
     inner = where + "." + kind
     if isinstance(value, str) and kind == "audio_url":
         value = {"url": value}
@@ -370,7 +392,7 @@ def _inline(fields: _Fields) -> bytes | str:
     if data[:5].lower() == "data:":
         return data
     try:
-        return base64.b64decode(data, validate=True)
+        return base64.b64decode("".join(data.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise fields.wrong("data", f"base64 ({error})", data) from error
 

@@ -1,11 +1,13 @@
 """From the options of the command line to a running server, and to its clean end.
 
 SIGTERM or Ctrl-C, once it answers: no new connection is taken, what is being answered is finished,
-then the process ends with code 0. What is not finished within `grace` seconds is cancelled. Before
-that they break the start off, with code 143 and 130.
+then the process ends with code 0. What is not finished within `grace` seconds is cancelled, and its
+callers are told so. Before that they break the start off, with code 143 and 130.
 """
 
+import asyncio
 import errno
+import math
 import signal
 import socket
 from collections.abc import Iterator
@@ -21,6 +23,8 @@ from qwen2audio_core.serving.app import create_app
 from qwen2audio_core.serving.policy import Policy
 from qwen2audio_core.serving.service import Service
 from qwen2audio_core.terminal import note
+
+LAST_WORDS = 5  # s for telling callers that their time is over; then connections are cut
 
 
 def check_installed() -> None:
@@ -112,6 +116,12 @@ def make_server(service: Service, *, access_log: bool = False, grace: float = 60
     import uvicorn
 
     class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            loop = asyncio.get_running_loop()
+            late = loop.call_later(grace, service.cancel)
+            await super().shutdown(sockets)
+            late.cancel()
+
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             for one in sockets or []:
@@ -126,7 +136,7 @@ def make_server(service: Service, *, access_log: bool = False, grace: float = 60
         lifespan="off",
         access_log=access_log,
         server_header=False,
-        timeout_graceful_shutdown=int(grace),
+        timeout_graceful_shutdown=math.ceil(grace) + LAST_WORDS,
         log_config={
             "version": 1,
             "disable_existing_loggers": False,

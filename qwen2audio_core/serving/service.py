@@ -30,6 +30,9 @@ class Service:
         self.metrics = Metrics(engine)
         self.started = int(time.time())
         self.open = 0  # requests, counted on the event loop
+        self.shutting_down = False
+        # Text that cannot fit, however it is tokenized: tokenizing takes a second a megabyte.
+        self.most_text = engine.max_tokens * assistant.tokenizer.longest
         self._held = 0
         self._lock = threading.Lock()  # guards _held
         self._typical = 1.0  # s that a request took lately
@@ -40,6 +43,11 @@ class Service:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, function, *arguments)
 
+    def cancel(self) -> None:
+        """End what is being written, and take nothing new: callers are told that it is over."""
+        self.shutting_down = True
+        threading.Thread(target=self.engine.close, name="cancel").start()
+
     def close(self) -> None:
         """End the threads and the engine; what it still writes is cancelled."""
         self._pool.shutdown(cancel_futures=True)
@@ -48,6 +56,13 @@ class Service:
     def took(self, seconds: float) -> None:
         """Learn how long requests take, for `busy` to say when to come back."""
         self._typical += 0.1 * (seconds - self._typical)
+
+    def ended(self) -> ApiError:
+        """The error for what the engine answers no more."""
+        if not self.shutting_down:
+            return ApiError(503, "the engine has ended, see the log", code="engine_ended")
+        headers = {"Retry-After": "5"}
+        return ApiError(503, "the server is shutting down", code="shutting_down", headers=headers)
 
     def busy(self, why: str) -> ApiError:
         """The error for what there is no room for now."""

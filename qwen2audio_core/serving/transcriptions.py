@@ -9,9 +9,11 @@ from torch import Tensor
 from qwen2audio_core import audio, transcribe
 from qwen2audio_core.assistant import Reply, change
 from qwen2audio_core.engine import Request
+from qwen2audio_core.errors import AudioError, InputError
 from qwen2audio_core.frontend import SAMPLE_RATE
 from qwen2audio_core.serving import sources
 from qwen2audio_core.serving.answers import Run
+from qwen2audio_core.serving.problems import ApiError
 from qwen2audio_core.serving.requests import SpeechRequest
 from qwen2audio_core.serving.service import Service, Ticket
 from qwen2audio_core.transcribe import Scribe, Segment, Transcript
@@ -29,7 +31,10 @@ class Recording:
         self._service, self._request, self._ticket = service, request, ticket
         self._translate = translate
         tokenizer = service.assistant.tokenizer
-        self._scribe = Scribe(tokenizer, request.language, request.prompt, translate)
+        try:
+            self._scribe = Scribe(tokenizer, request.language, request.prompt, translate)
+        except InputError as error:
+            raise ApiError(400, str(error), param="language") from error
         settings = change(service.assistant.settings, **request.changes)
         self._temperature = settings.temperature if settings.do_sample else 0.0
         self._tokens = min(settings.max_new_tokens, service.policy.answer_tokens)
@@ -60,7 +65,10 @@ class Recording:
         waveform: Tensor = sources.waveform(file, "file", policy, policy.audio_seconds, name)
         self._ticket.take(waveform.nbytes)
         self._service.metrics.sound(len(waveform) / SAMPLE_RATE)
-        return transcribe.windows(waveform, name)
+        try:
+            return transcribe.windows(waveform, name)
+        except AudioError as error:
+            raise ApiError(400, str(error), param="file", code="invalid_audio") from error
 
     async def _window(
         self, window: audio.Piece, places: asyncio.Semaphore
@@ -70,6 +78,7 @@ class Recording:
                 self._service,
                 self._request.changes,
                 tokens=self._tokens,
+                fit=True,  # a window that is cut is told of
                 seed=self._request.seed,
                 logprobs=0 if self._request.format == "verbose_json" else None,
             )
@@ -93,7 +102,7 @@ class Recording:
             pairs = zip(transcript.segments, self._requests, strict=True)
             body |= {
                 "task": "translate" if self._translate else "transcribe",
-                "language": transcript.language,
+                "language": transcript.language or "",
                 "duration": transcript.duration,
                 "segments": [
                     self._segment(i, segment, request) for i, (segment, request) in enumerate(pairs)
@@ -113,9 +122,9 @@ class Recording:
             "text": segment.text,
             "tokens": segment.ids,
             "temperature": self._temperature,
-            "avg_logprob": sum(logprobs) / len(logprobs) if logprobs else None,
-            "compression_ratio": len(text) / len(zlib.compress(text)) if text else None,
-            "no_speech_prob": None,  # this model gives none
+            "avg_logprob": sum(logprobs) / max(1, len(logprobs)),
+            "compression_ratio": len(text) / len(zlib.compress(text)),
+            "no_speech_prob": 0.0,  # this model gives none, and clients want a number
             "language": segment.language,
             "finish_reason": segment.finish_reason,
         }
