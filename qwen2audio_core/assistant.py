@@ -19,8 +19,9 @@ from qwen2audio_core import backends, chat, hub, tiny, weights
 from qwen2audio_core.chat import Long, Prompt
 from qwen2audio_core.errors import CheckpointError, InputError, warn
 from qwen2audio_core.generate import Generation
-from qwen2audio_core.linear import Linear, why_not_packed
+from qwen2audio_core.linear import Linear
 from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.packed_linear import why_not_packed
 from qwen2audio_core.quantize import SCHEMES, Scheme
 from qwen2audio_core.reuse import Fingerprint
 from qwen2audio_core.sampling import Likelihood, Settings

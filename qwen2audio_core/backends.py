@@ -15,7 +15,8 @@ from torch import nn
 
 from qwen2audio_core import ops
 from qwen2audio_core.errors import InputError
-from qwen2audio_core.linear import Linear, PackedLinear, why_not_packed
+from qwen2audio_core.linear import Linear
+from qwen2audio_core.packed_linear import PackedLinear, why_not_packed
 
 Op = Callable[..., Any]
 

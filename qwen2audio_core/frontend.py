@@ -35,7 +35,7 @@ class ClipLengths(NamedTuple):
     attribution.py together: model and engine refuse clips whose rows are not as many as its places.
     """
 
-    mel_frames: int  # frames whose first sample belongs to the clip
+    mel_frames: int  # frames whose middle lies in the clip
     conv_frames: int  # frames the encoder's attention sees
     audio_tokens: int  # A, placeholders in the prompt and rows spliced into it
     input_frames: int  # F, mel frames fed to the encoder: those its valid frames can see
@@ -126,7 +126,7 @@ def log_mel(waveform: Tensor, num_mel_bins: int = 128) -> Tensor:
     waveform  (N,)  float32 in [-1, 1], mono, 16 kHz, N <= 480,000; float64 computes in float64
     returns   (M, input_frames)  the waveform's dtype: the first frames of what the published
               frontend computes for the clip padded to 30 s, up to the last one that the encoder's
-              valid frames can see. Every frame behind them is silence of the padding.
+              valid frames can see. The one behind may still hold the clip's last 40 samples.
     errors    AudioError for more than 30 s; ValueError for another shape or dtype
     Whisper, arXiv 2212.04356, section 2.2, with the per-clip maximum of its published code.
     """

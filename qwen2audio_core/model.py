@@ -34,7 +34,7 @@ class Qwen2Audio(nn.Module):
     ) -> Tensor:
         """Score every next token.
 
-        ids             (B, T)  integers; each clip's place holds its audio token K times
+        ids             (B, T)  integers; each clip's place holds its audio token A times
         mel             (n, M, F)  log-mels of all clips, in the order of their places in ids
         conv_frames     (n,)  integers, frontend.clip_lengths(samples).conv_frames of each clip
         attention_mask  (B, T)  1 for real tokens and 0 for padding at the left or the right of a

