@@ -5,7 +5,8 @@
     python scripts/make_tour.py --model FOLDER  with another checkpoint in the place of "tiny"
 
 The python blocks share one namespace and run in order. The figure that a block leaves open is saved
-under the name of the picture that follows it in the text. Needs matplotlib (the extra `plot`).
+under the name of the picture that follows it in the text. Needs matplotlib (the extra `plot`). The
+block marked `py` needs transformers too, draws nothing and is left to tests/test_tour.py.
 """
 
 import argparse
@@ -60,10 +61,12 @@ def run(text: str, out: Path, model: str | None = None) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     names: dict[str, object] = {"__name__": "tour"}
-    # The blocks switch gradients off for good; leaving `no_grad` puts back what was.
+    # The blocks switch gradients off and interactive pictures on for good, and seed the random
+    # numbers; leaving these contexts puts back what was.
     with (
         matplotlib.rc_context(style),
         torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
         chdir(ROOT),
         warnings.catch_warnings(),
         ExitStack() as stack,
@@ -76,9 +79,6 @@ def run(text: str, out: Path, model: str | None = None) -> list[Path]:
             if code:
                 if model is not None:
                     code = code.replace('load("tiny"', f"load({model!r}")
-                    code = code.replace(
-                        "load(name,", f"load({model!r} if name == 'tiny' else name,"
-                    )
                 # Line ends in front let an error name the line of the text.
                 exec(compile("\n" * (line - 1) + code, str(TEXT), "exec"), names)
                 continue

@@ -26,6 +26,7 @@ def test_the_text_shows_the_pictures_that_are_there():
 def test_every_block_is_found():
     blocks = [code for code, _, _ in make_tour.parts(TEXT) if code]
     assert len(blocks) == TEXT.count("```python") == 12
+    assert TEXT.count("```py\n") == 1  # the comparison, which needs transformers
 
 
 def refused(code: str, first: int = 1) -> list[tuple[int, str]]:
@@ -47,7 +48,8 @@ def refused(code: str, first: int = 1) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("path", [make_tour.TEXT, ROOT / "README.md"], ids=lambda path: path.name)
 def test_blocks_can_be_pasted_at_the_prompt(path):
-    blocks = [part for part in make_tour.parts(path.read_text(encoding="utf-8")) if part[0]]
+    text = path.read_text(encoding="utf-8").replace("```py\n", "```python\n")
+    blocks = [part for part in make_tour.parts(text) if part[0]]
     assert blocks and [line for code, _, first in blocks for line in refused(code, first)] == []
 
 
@@ -71,6 +73,30 @@ def test_all_blocks_run_and_draw(tmp_path):
     for path in drawn:
         with Image.open(path) as image:
             assert len(image.convert("RGB").getcolors()) > 4, f"{path.name} is blank"
+
+
+def test_pictures_open_at_the_prompt_and_make_tour_puts_back_what_was(tmp_path):
+    import matplotlib
+    import torch
+
+    first = next(code for code, _, _ in make_tour.parts(TEXT) if code)
+    assert "\nplt.ion()" in first
+    on, before = "assert plt.isinteractive()\nplt.figure()\ntorch.rand(1)\n", torch.get_rng_state()
+    make_tour.run(f"```python\n{first}{on}```\n\n![a](tour/a.png)\n", tmp_path)
+    assert not matplotlib.is_interactive() and torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_comparison_says_where_a_change_is_seen(monkeypatch, capsys):
+    pytest.importorskip("transformers", reason="compare runs transformers (extra `test`)")
+    monkeypatch.chdir(ROOT)
+    code = TEXT.partition("```py\n")[2].partition("```")[0]
+    assert code.count("prepare=change") == 1
+    names = {"__name__": "tour"}
+    exec(code, names)
+    assert names["report"].module.startswith("audio_tower.layers.0.")
+    assert "DIFFERS" in capsys.readouterr().out
+    exec(code.replace("prepare=change", "prepare=None"), names)
+    assert names["report"].first is None
 
 
 def test_a_claim_that_does_not_hold_is_an_error_at_its_line(tmp_path):
