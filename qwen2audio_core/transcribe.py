@@ -235,11 +235,13 @@ def _instruction(
     if language is None:
         return text
     known = _tags(tokenizer).values()
-    if language not in known:
+    name = language.lower().replace("-", "_")
+    name = name if name in known else name.partition("_")[0]  # en of en-US, but zh_tw of zh-TW
+    if name not in known:
         raise InputError(
             f"language {language!r} is not one this tokenizer has a tag for: {', '.join(known)}"
         )
-    return f"{text}<|{language}|>"
+    return f"{text}<|{name}|>"
 
 
 def _tags(tokenizer: Tokenizer) -> dict[int, str]:

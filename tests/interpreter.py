@@ -150,7 +150,8 @@ def repair() -> None:
     builder.create_masked_load, builder.create_masked_store = guarded_load, guarded_store
 
     def quiet_call(self: Any, *arguments: Any, **options: Any) -> None:
-        storages = [x.untyped_storage() for x in arguments if isinstance(x, torch.Tensor)]
+        given = (*arguments, *options.values())
+        storages = [x.untyped_storage() for x in given if isinstance(x, torch.Tensor)]
         memory[:] = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages]
         # exp(1000) is inf on a GPU too, which says nothing about it.
         with np.errstate(all="ignore"):

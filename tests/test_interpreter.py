@@ -16,7 +16,7 @@ def copy_kernel(x_ptr, y_ptr, READ: tl.constexpr, WRITE: tl.constexpr):
 
 def copied(dtype: torch.dtype, read: int, write: int) -> torch.Tensor:
     x, y = torch.ones(5, dtype=dtype), torch.full((5,), 7).to(dtype)
-    copy_kernel[(1,)](x, y, READ=read, WRITE=write)
+    copy_kernel[(1,)](x, y_ptr=y, READ=read, WRITE=write)
     return y
 
 

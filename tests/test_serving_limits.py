@@ -497,6 +497,25 @@ def test_the_end_does_not_wait_for_ever_and_says_so(assistant):
         assert json.loads(last)["error"]["code"] == "shutting_down"
 
 
+def test_a_long_step_does_not_keep_callers_from_being_told(assistant, monkeypatch):
+    monkeypatch.setattr(running, "LAST_WORDS", 1)
+    with (
+        ThreadPoolExecutor(3) as pool,
+        live(assistant, engine={"max_batch": 2}, grace=0.5) as server,
+        slowly(server, 4),
+    ):
+        whole = pool.submit(server.post, TURN | LONG)
+        stream = pool.submit(server.post, TURN | LONG | {"stream": True})
+        wait(lambda: server.service.engine.active == 2)
+        waits = pool.submit(server.post, TURN)
+        wait(lambda: server.service.open == 3)
+        server.stop()
+        for answer in (whole, waits):
+            refused(answer.result(), 503, "the server is shutting down", "shutting_down")
+        last = stream.result().text.strip().splitlines()[-1].removeprefix("data: ")
+        assert json.loads(last)["error"]["code"] == "shutting_down"
+
+
 def test_who_does_not_take_his_answer_holds_up_no_end(assistant, monkeypatch):
     monkeypatch.setattr(running, "LAST_WORDS", 1)
     with live(assistant, grace=0.5) as server:
@@ -561,11 +580,27 @@ def test_text_that_cannot_fit_has_its_code(assistant, server, monkeypatch):
     monkeypatch.setattr("qwen2audio_core.serving.chat.encode", None)  # which is not asked
     size = server.service.most_text + 1
     assert f"{size:,} characters" in told("x" * size)["message"]
-    parts = [{"type": "text", "text": "e\u0301"}] * 2  # one character in form NFC
-    monkeypatch.setattr(server.service, "most_text", 1)
+    parts = [{"type": "text", "text": "four"}] * 2
+    monkeypatch.setattr(server.service, "most_text", 7)
     told(parts)
-    monkeypatch.setattr(server.service, "most_text", 2)
+    monkeypatch.setattr(server.service, "most_text", 8)
     assert server.post(TURN | {"messages": [{"role": "user", "content": parts}]}).status_code == 500
+
+
+def test_no_text_stops_the_server(server):
+    """To put marks above and below letters in order takes Python the square of their number."""
+    content = "\u0301\u0316" * (server.service.most_text // 2)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(
+            server.post, TURN | {"messages": [{"role": "user", "content": content}]}
+        )
+        slowest = 0.0
+        while not asked.done():
+            began = time.monotonic()
+            assert server.http.get("/health").status_code == 200
+            slowest = max(slowest, time.monotonic() - began)
+        refused(asked.result(), 400, "the context holds", "context_length_exceeded")
+    assert slowest < 5  # and 20 if Python did it
 
 
 def test_a_window_takes_what_room_there_is(assistant):
@@ -576,6 +611,9 @@ def test_a_window_takes_what_room_there_is(assistant):
         (segment,) = answer["segments"]
         assert segment["finish_reason"] in ("stop", "length") and len(segment["tokens"]) > 100
         assert ("notices" in answer) == (segment["finish_reason"] == "length")
+    with live(assistant, engine={"max_tokens": 400}) as server:
+        answer = server.http.post("/v1/audio/transcriptions", data=form, files=files)
+        assert refused(answer, 400, code="context_length_exceeded")["param"] == "file"
 
 
 def test_notices_in_a_header():
@@ -614,6 +652,7 @@ def test_pages_that_are_allowed_to_call(assistant):
     }
     options = {"api_key": "sesame", "origins": frozenset({page["Origin"]})}
     with live(assistant, **options) as server:
+        asking["Access-Control-Request-Private-Network"] = "true"
         allowed = server.http.options("/v1/chat/completions", headers=asking)
         assert allowed.status_code == 200
         assert allowed.headers["Access-Control-Allow-Origin"] == page["Origin"]

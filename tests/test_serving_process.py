@@ -189,9 +189,8 @@ def test_whom_it_trusts_by_default(start, tmp_path, monkeypatch):
     assert "warning" not in result.output and policy.api_key == "sesame"
     assert start("--api-key", "key\n")[1].api_key == "key"  # as a file with a secret ends
     assert start()[1].origins == frozenset()
-    pages = ("https://a.test", "https://b.test")
-    found = start("--allow-origin", pages[0], "--allow-origin", pages[1])[1]
-    assert found.origins == {*pages}
+    found = start("--allow-origin", "https://A.test/", "--allow-origin", "http://b.test:80")[1]
+    assert found.origins == {"https://a.test", "http://b.test:80"}
     monkeypatch.setenv("QWEN2AUDIO_API_KEY", "")
     assert "QWEN2AUDIO_API_KEY is empty" in str(start("--host", "0.0.0.0")[0].exception)
     monkeypatch.delenv("QWEN2AUDIO_API_KEY")

@@ -152,6 +152,9 @@ RECOGNIZE_IDS = [57193, 279, 4128, 323, 15282, 279, 8806, 25, 220]
     [
         ({"language": "en"}, [*RECOGNIZE_IDS, 154917]),
         ({"language": "zh"}, [*RECOGNIZE_IDS, 154918]),
+        ({"language": "EN"}, [*RECOGNIZE_IDS, 154917]),
+        ({"language": "en-US"}, [*RECOGNIZE_IDS, 154917]),
+        ({"language": "zh_CN"}, [*RECOGNIZE_IDS, 154918]),
         ({}, RECOGNIZE_IDS),
         (
             {"prompt": "Detect the language and recognize the speech: <|yue|>"},
@@ -177,6 +180,14 @@ def test_translation_asks_for_english_and_is_english(official, options, tag):
         assert prompt.ids[prompt.ids.index(CLIP_IDS[2]) + 1 :] == official.encode(asked, True)
     assert [segment.language for segment in transcript.segments] == ["en", "en"]
     assert (transcript.language, transcript.text) == ("en", "Hello. Goodbye.")
+
+
+def test_a_region_with_a_tag_of_its_own_keeps_it(tokenizer):
+    asked = [transcribe.Scribe(tokenizer, name)._text for name in ("zh_tw", "zh-TW", "zh")]
+    assert [text.split()[-1] for text in asked] == ["<|zh_tw|>", "<|zh_tw|>", "<|zh|>"]
+    for wrong in ("-", "xx-US", ""):
+        with pytest.raises(InputError, match=f"language {wrong!r} is not one"):
+            transcribe.Scribe(tokenizer, wrong)
 
 
 def test_the_tag_is_the_only_difference_between_languages(tokenizer):

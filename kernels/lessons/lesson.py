@@ -185,7 +185,8 @@ def watch() -> None:
         return dot(self, a, b, acc, precision, *rest)
 
     def watched_call(self: Any, *arguments: Any, **options: Any) -> None:
-        storages = [x.untyped_storage() for x in arguments if isinstance(x, Tensor)]
+        given = (*arguments, *options.values())
+        storages = [x.untyped_storage() for x in given if isinstance(x, Tensor)]
         memory[:] = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages]
         with np.errstate(all="ignore"):  # exp(1000) is inf on a GPU too, without a warning
             call(self, *arguments, **options)
@@ -196,7 +197,7 @@ def watch() -> None:
         if sys._getframe(1).f_code.co_filename.startswith(triton_itself):  # asks "is there one?"
             return True
         raise NotYet(
-            "if, and, or, not and a < b < c take one value, and this is a block of them",
+            "if, and, or, not and a < b < c take one value here, and this is a block of them",
             "use tl.where for a choice, and & | ~ with brackets around each comparison",
         )
 

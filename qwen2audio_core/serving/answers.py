@@ -103,6 +103,7 @@ class Run:
     answers   how many, the seeds of the later ones following the first one's
     logprobs  alternatives to each token, None for no log-probabilities
     live      News of every piece, and not only one of each whole answer
+    param     the field that a prompt which does not fit came from
     """
 
     def __init__(
@@ -117,13 +118,14 @@ class Run:
         stop: tuple[str, ...] = (),
         logprobs: int | None = None,
         live: bool = False,
+        param: str = "messages",
     ):
         self.requests: list[Request] = []
         self.prompt: Prompt
         self._service = service
         self._settings = change(service.assistant.settings, **changes)
         self._tokens, self._fit, self._answers, self._seed = tokens, fit, answers, seed
-        self._stop, self._logprobs, self._live = stop, logprobs, live
+        self._stop, self._logprobs, self._live, self._param = stop, logprobs, live, param
         self._over = threading.Event()  # nobody waits any more
         self._news: asyncio.Queue[News] = asyncio.Queue()
 
@@ -184,7 +186,7 @@ class Run:
         wanted = None if self._fit else self._tokens
         if room < (wanted or 1):
             answer = f" and {wanted:,} for the answer" if wanted else ""
-            found = f"the messages have {prompt:,}, {audio:,} of them for audio{answer}"
+            found = f"the prompt has {prompt:,}, {audio:,} of them for audio{answer}"
             raise self.too_long(
                 found + (": send less, or ask for fewer" if wanted else ": send less")
             )
@@ -197,7 +199,7 @@ class Run:
         return ApiError(
             400,
             f"the context holds {self._service.engine.max_tokens:,} tokens, {found}",
-            param="messages",
+            param=self._param,
             code="context_length_exceeded",
         )
 

@@ -58,6 +58,7 @@ def create_app(service: Service) -> "FastAPI":
             allow_origins=sorted(policy.origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
+            allow_private_network=True,  # a page of the Internet's, this machine's server
             expose_headers=["x-request-id", "qwen2audio-notices", "retry-after"],
         )
 
@@ -77,7 +78,7 @@ def create_app(service: Service) -> "FastAPI":
         wanted = await service.threads(parse_chat, body, policy)
         completion = Completion(service, wanted, ticket)
         if wanted.stream:
-            return await _stream(completion, request, policy.request_seconds)
+            return await _stream(completion, request, service)
 
         async def work() -> Response:
             try:
@@ -86,7 +87,7 @@ def create_app(service: Service) -> "FastAPI":
             finally:
                 completion.run.cancel()
 
-        return await _answered(request, work(), policy.request_seconds)
+        return await _answered(request, work(), policy.request_seconds, service)
 
     async def speech(request: Request) -> Response:
         read = partial(request.form, max_files=2, max_fields=64, max_part_size=2**16)
@@ -106,7 +107,7 @@ def create_app(service: Service) -> "FastAPI":
             )
             name = "".join(filter(str.isprintable, upload.filename or ""))[-100:] or "file"
             work = recording.answer(upload.file, name)
-            found = await _answered(request, work, policy.request_seconds)
+            found = await _answered(request, work, policy.request_seconds, service)
         finally:
             await form.close()
         if not isinstance(found, str):
@@ -318,23 +319,29 @@ def _left() -> ApiError:
     return ApiError(499, "the caller has left", code="caller_left")
 
 
-async def _answered(request: "Request", work: Coroutine[Any, Any, T], seconds: float) -> T:
-    """Do the work, unless the caller leaves or it takes too long: then it is cancelled."""
+async def _answered(
+    request: "Request", work: Coroutine[Any, Any, T], seconds: float, service: Service
+) -> T:
+    """Do the work, unless the caller leaves, it takes too long or the server's time is over: then
+    it is cancelled."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request))
+    over = asyncio.ensure_future(service.over.wait())
     try:
         done, _ = await asyncio.wait(
-            {task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+            {task, gone, over}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
         )
         if task in done:
             return task.result()
         if gone in done:
             raise _left()
+        if over in done:
+            raise service.ended()
         raise ApiError(504, f"no answer within {seconds:g} s", code="timeout")
     finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        for one in (task, gone, over):
+            one.cancel()
+        await asyncio.gather(task, gone, over, return_exceptions=True)
 
 
 async def _gone(request: "Request") -> None:
@@ -342,13 +349,13 @@ async def _gone(request: "Request") -> None:
         pass
 
 
-async def _stream(completion: Completion, request: "Request", seconds: float) -> "Response":
+async def _stream(completion: Completion, request: "Request", service: Service) -> "Response":
     """Begin, so that what is wrong with a request has its status; then answer in events."""
     from starlette.responses import Response
 
-    began = time.monotonic()
+    began, seconds = time.monotonic(), service.policy.request_seconds
     try:
-        await _answered(request, completion.begin(), seconds)
+        await _answered(request, completion.begin(), seconds, service)
     except BaseException:
         completion.run.cancel()
         raise
@@ -374,12 +381,16 @@ async def _stream(completion: Completion, request: "Request", seconds: float) ->
                 try:
                     # A caller who does not read gets a little longer, to be told of the time-out.
                     work = _emit(completion, emit, left, scope)
-                    scope["outcome"] = await _answered(request, work, left + 5)
+                    scope["outcome"] = await _answered(request, work, left + 5, service)
+                except ApiError as error:
+                    found = explained(error, scope)
+                    scope["outcome"] = found.status
+                    if not service.over.is_set():  # nobody is there to be told
+                        return
+                    await emit(f"data: {json.dumps(found.body)}\n\n")
                 finally:
                     pings.cancel()
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
-            except ApiError as error:  # nobody is there to be told
-                scope["outcome"] = explained(error, scope).status
             finally:
                 completion.run.cancel()
 

@@ -1,7 +1,6 @@
 """/v1/chat/completions: a conversation with clips in, answers out, whole or in pieces."""
 
 import time
-import unicodedata
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -82,9 +81,9 @@ class Completion:
         return encode(messages, self._service.assistant.tokenizer)
 
     def _check_texts(self) -> None:
-        size = sum(len(unicodedata.normalize("NFC", text)) for text in self._request.texts)
+        size = sum(map(len, self._request.texts))
         if size > self._service.most_text:
-            raise self.run.too_long(f"the messages have {size:,} characters: send less")
+            raise self.run.too_long(f"the prompt has {size:,} characters: send less")
 
     async def whole(self) -> dict[str, Any]:
         """All answers, in one object."""

@@ -113,7 +113,7 @@ def serve(
     policy = Policy(
         name=name or (folder.resolve().name if folder.is_dir() else model),
         api_key=None if api_key is None else api_key.strip(),  # secrets' files end in a new line
-        origins=frozenset(allow_origin or ()),
+        origins=frozenset(origin.lower().rstrip("/") for origin in allow_origin or ()),
         hosts=frozenset({*LOOPBACK, host}) if alone and api_key is None else None,
         allow_files=allow_files,
         allow_private_urls=allow_private_urls,

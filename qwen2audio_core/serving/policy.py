@@ -63,6 +63,9 @@ class Policy:
                 raise InputError(f"{name} is {getattr(self, name)}, it must be above 0")
         if self.api_key is not None and not re.fullmatch("[!-~]+", self.api_key):
             raise InputError("the API key must be visible ASCII characters, and nothing between")
+        for origin in self.origins:
+            if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise InputError(f"origin {origin!r}: expected https://host, with :port, or *")
         if self.allow_files is not None and not self.allow_files.is_dir():
             raise InputError(f"{self.allow_files}: not a folder that files could be allowed of")
 

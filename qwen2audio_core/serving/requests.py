@@ -252,7 +252,7 @@ def parse_speech(form: Mapping[str, Sequence[str]], policy: Policy) -> SpeechReq
     request = SpeechRequest(
         model,
         shape,
-        _language(fields),
+        fields.text("language"),
         fields.text("prompt"),
         changes,
         _seed(fields),
@@ -307,12 +307,6 @@ def _drawing(fields: _Fields) -> dict[str, Any]:
     if drawing["top_p"] == 0:  # what is left of the likeliest is always one
         drawing["top_p"] = 1e-9
     return drawing
-
-
-def _language(fields: _Fields) -> str | None:
-    """The primary tag, in small letters: en for en-US."""
-    language = fields.text("language")
-    return None if language is None else language.replace("_", "-").partition("-")[0].lower()
 
 
 def _seed(fields: _Fields) -> int | None:
@@ -392,7 +386,8 @@ def _inline(fields: _Fields) -> bytes | str:
     if data[:5].lower() == "data:":
         return data
     try:
-        return base64.b64decode("".join(data.split()), validate=True)
+        letters = data.encode("ascii").translate(None, b" \t\r\n")
+        return base64.b64decode(letters, validate=True)
     except (binascii.Error, ValueError) as error:
         raise fields.wrong("data", f"base64 ({error})", data) from error
 

@@ -30,9 +30,10 @@ class Service:
         self.metrics = Metrics(engine)
         self.started = int(time.time())
         self.open = 0  # requests, counted on the event loop
-        self.shutting_down = False
-        # Text that cannot fit, however it is tokenized: tokenizing takes a second a megabyte.
-        self.most_text = engine.max_tokens * assistant.tokenizer.longest
+        self.over = asyncio.Event()  # nobody is answered any more
+        # Characters; more cannot fit, however they are tokenized, which takes a second a megabyte.
+        # Before that Unicode's form NFC makes one character of up to four.
+        self.most_text = 4 * engine.max_tokens * assistant.tokenizer.longest
         self._held = 0
         self._lock = threading.Lock()  # guards _held
         self._typical = 1.0  # s that a request took lately
@@ -44,8 +45,9 @@ class Service:
         return await loop.run_in_executor(self._pool, function, *arguments)
 
     def cancel(self) -> None:
-        """End what is being written, and take nothing new: callers are told that it is over."""
-        self.shutting_down = True
+        """End what is being written, and take nothing new: callers are told that it is over, at
+        once, however long the engine's step takes. On the event loop."""
+        self.over.set()
         threading.Thread(target=self.engine.close, name="cancel").start()
 
     def close(self) -> None:
@@ -59,7 +61,7 @@ class Service:
 
     def ended(self) -> ApiError:
         """The error for what the engine answers no more."""
-        if not self.shutting_down:
+        if not self.over.is_set():
             return ApiError(503, "the engine has ended, see the log", code="engine_ended")
         headers = {"Retry-After": "5"}
         return ApiError(503, "the server is shutting down", code="shutting_down", headers=headers)

@@ -79,6 +79,7 @@ class Recording:
                 self._request.changes,
                 tokens=self._tokens,
                 fit=True,  # a window that is cut is told of
+                param="file",
                 seed=self._request.seed,
                 logprobs=0 if self._request.format == "verbose_json" else None,
             )
