@@ -212,7 +212,7 @@ class _Gate:
         except Exception as error:
             if status:  # the head of an answer has been sent
                 raise
-            await respond(explained(error, scope))(scope, receive, watched)
+            await respond(_explained(error, scope))(scope, receive, watched)
         finally:
             service.open -= work
             service.metrics.open_requests.set(service.open)
@@ -248,7 +248,7 @@ class _Gate:
             raise _too_large(service)
 
 
-def explained(error: Exception, scope: Scope) -> ApiError:
+def _explained(error: Exception, scope: Scope) -> ApiError:
     """What a caller is told of an exception; the log has what is ours. The exception loses its
     traceback: with it, it is part of a cycle, through the frames that hold it, which keeps all that
     they hold, such as the request's sound, until a collection that may be long in coming.
@@ -383,7 +383,7 @@ async def _stream(completion: Completion, request: "Request", service: Service) 
                     work = _emit(completion, emit, left, scope)
                     scope["outcome"] = await _answered(request, work, left + 5, service)
                 except ApiError as error:
-                    found = explained(error, scope)
+                    found = _explained(error, scope)
                     scope["outcome"] = found.status
                     if not service.over.is_set():  # nobody is there to be told
                         return
@@ -414,6 +414,6 @@ async def _emit(
         await emit(f"data: {json.dumps(late.body)}\n\n")
         return late.status
     except Exception as error:
-        found = explained(error, scope)
+        found = _explained(error, scope)
         await emit(f"data: {json.dumps(found.body)}\n\n")
         return found.status
