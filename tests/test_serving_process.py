@@ -252,7 +252,7 @@ def test_sigterm_before_it_answers_ends_it(monkeypatch, when):
         return terminated() if when == "load" else SimpleNamespace(model=None)
 
     monkeypatch.setattr("qwen2audio_core.terminal.load", load)
-    engine = SimpleNamespace(warm=terminated)
+    engine = SimpleNamespace(warm=terminated, max_tokens=2048)
     monkeypatch.setattr(running, "Engine", lambda model, **options: engine)
     service = SimpleNamespace(close=lambda: done.append("closed"))
     monkeypatch.setattr(running, "Service", lambda *parts: service)
@@ -264,7 +264,7 @@ def test_sigterm_before_it_answers_ends_it(monkeypatch, when):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_as_the_server_starts_is_not_lost(monkeypatch, number):
+def test_a_signal_as_the_server_starts_is_not_lost(monkeypatch, capsys, number):
     seen = []
 
     class Server:
@@ -274,13 +274,17 @@ def test_a_signal_as_the_server_starts_is_not_lost(monkeypatch, number):
         def run(self, sockets):
             signal.raise_signal(number)  # before uvicorn listens for it
 
-    engine = SimpleNamespace(warm=lambda: seen.append("warm"))
-    monkeypatch.setattr(running, "Engine", lambda model: engine)
+    engine = SimpleNamespace(warm=lambda: seen.append("warm"), max_tokens=2048)
+    monkeypatch.setattr(running, "Engine", lambda model, **options: engine)
     monkeypatch.setattr(running, "Service", lambda *parts: SimpleNamespace(close=lambda: None))
     monkeypatch.setattr(running, "make_server", lambda service, **options: Server())
     before = signal.getsignal(number)
-    running.serve(None, SimpleNamespace(model=None), None, {})
-    assert seen == ["warm", number] and signal.getsignal(number) is before
+    for context in (2048, 2049):
+        assert capsys.readouterr().err == ""
+        running.serve(None, SimpleNamespace(model=None), None, {"max_tokens": context})
+        assert seen == ["warm", number] and signal.getsignal(number) is before
+        seen.clear()
+    assert "own context is 2,048 tokens, --context is lowered" in capsys.readouterr().err
 
 
 def test_quantised_while_it_is_read(monkeypatch):

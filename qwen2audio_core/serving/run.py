@@ -87,6 +87,8 @@ def serve(
 ) -> None:
     """Answer at a bound socket until a signal comes."""
     engine = Engine(assistant.model, **engine_options)
+    if engine.max_tokens < engine_options.get("max_tokens", 0):
+        note(f"the model's own context is {engine.max_tokens:,} tokens, --context is lowered to it")
     service = Service(assistant, engine, policy)
     try:
         engine.warm()
