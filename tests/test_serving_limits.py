@@ -483,6 +483,12 @@ def refuses(server):
     return False
 
 
+def told_of_the_end(whole, stream):
+    refused(whole, 503, "the server is shutting down", "shutting_down")
+    last = stream.text.strip().splitlines()[-1].removeprefix("data: ")
+    assert json.loads(last)["error"]["code"] == "shutting_down"
+
+
 def test_the_end_does_not_wait_for_ever_and_says_so(assistant):
     with ThreadPoolExecutor(3) as pool, live(assistant, grace=0.5) as server, slowly(server, 0.05):
         whole = pool.submit(server.post, TURN | LONG)
@@ -491,10 +497,8 @@ def test_the_end_does_not_wait_for_ever_and_says_so(assistant):
         began = time.monotonic()
         server.stop()
         assert time.monotonic() - began < 4
-        refused(whole.result(), 503, "the server is shutting down", "shutting_down")
+        told_of_the_end(whole.result(), stream.result())
         assert whole.result().headers["Retry-After"]
-        last = stream.result().text.strip().splitlines()[-1].removeprefix("data: ")
-        assert json.loads(last)["error"]["code"] == "shutting_down"
 
 
 def test_a_long_step_does_not_keep_callers_from_being_told(assistant, monkeypatch):
@@ -510,10 +514,8 @@ def test_a_long_step_does_not_keep_callers_from_being_told(assistant, monkeypatc
         waits = pool.submit(server.post, TURN)
         wait(lambda: server.service.open == 3)
         server.stop()
-        for answer in (whole, waits):
-            refused(answer.result(), 503, "the server is shutting down", "shutting_down")
-        last = stream.result().text.strip().splitlines()[-1].removeprefix("data: ")
-        assert json.loads(last)["error"]["code"] == "shutting_down"
+        told_of_the_end(whole.result(), stream.result())
+        told_of_the_end(waits.result(), stream.result())
 
 
 def test_who_does_not_take_his_answer_holds_up_no_end(assistant, monkeypatch):

@@ -128,9 +128,9 @@ def main(names: dict[str, Any]) -> None:
         ]
         at = where
         if frames:
-            name = Path(frames[-1].filename).name
-            at = f"line {frames[-1].lineno}: {frames[-1].line}"
-            at = at if name == file.name else f"{name}, {at}"
+            last = frames[-1]
+            other = "" if last.filename == str(file) else f"{Path(last.filename).name}, "
+            at = f"{other}line {last.lineno}: {last.line}"
         hint = getattr(cause, "hint", "read that line again; solutions/ has the finished kernel")
         kind = "" if isinstance(cause, NotYet) else f"{type(cause).__name__}: "
         stop(f"NOT YET  {kind}{cause}\nHint:    {hint}\nWhere:   {at}")

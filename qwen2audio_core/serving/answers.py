@@ -16,7 +16,7 @@ from qwen2audio_core.chat import Prompt
 from qwen2audio_core.engine import Request
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.sampling import Settings
-from qwen2audio_core.serving.problems import ApiError
+from qwen2audio_core.serving.problems import ApiError, caller_left
 from qwen2audio_core.serving.service import Service
 from qwen2audio_core.tokenizer import Tokenizer
 
@@ -185,11 +185,10 @@ class Run:
         room = engine.max_tokens - prompt
         wanted = None if self._fit else self._tokens
         if room < (wanted or 1):
-            answer = f" and {wanted:,} for the answer" if wanted else ""
-            found = f"the prompt has {prompt:,}, {audio:,} of them for audio{answer}"
-            raise self.too_long(
-                found + (": send less, or ask for fewer" if wanted else ": send less")
-            )
+            end = ": send less"
+            if wanted:
+                end = f" and {wanted:,} for the answer: send less, or ask for fewer"
+            raise self.too_long(f"the prompt has {prompt:,}, {audio:,} of them for audio{end}")
         tokens = min(room, self._tokens or policy.answer_tokens)
         least = min(self._settings.min_new_tokens, tokens)
         return change(self._settings, max_new_tokens=tokens, min_new_tokens=least)
@@ -206,7 +205,7 @@ class Run:
     def check(self) -> None:
         """Go no further for a caller who no longer waits. For the thread that makes the prompt."""
         if self._over.is_set():
-            raise ApiError(499, "the caller has left", code="caller_left")
+            raise caller_left()
 
     async def __aiter__(self) -> AsyncIterator[News]:
         """News until all answers have ended. Raises what ended one of them."""

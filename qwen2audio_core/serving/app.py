@@ -12,8 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen2audio_core.serving.chat import Completion
-from qwen2audio_core.serving.policy import Policy
-from qwen2audio_core.serving.problems import ApiError, problem
+from qwen2audio_core.serving.problems import ApiError, caller_left, problem
 from qwen2audio_core.serving.requests import bad, parse_chat, parse_speech
 from qwen2audio_core.serving.service import Service, Ticket
 from qwen2audio_core.serving.transcriptions import KINDS, Recording
@@ -228,7 +227,7 @@ class _Gate:
 
         service, policy, headers = self._service, self._service.policy, Headers(scope=scope)
         if policy.hosts is not None:
-            _check_names(headers, policy)
+            _check_names(headers, policy.hosts, policy.origins)
         if policy.api_key is not None and scope["path"] != "/health":
             scheme, _, key = headers.get("authorization", "").partition(" ")
             same = hmac.compare_digest(key.strip().encode(), policy.api_key.encode())
@@ -266,15 +265,14 @@ def _request_id(scope: Scope) -> str:
     return given if re.fullmatch("[!-~]{1,100}", given) else f"req_{uuid.uuid4().hex}"
 
 
-def _check_names(headers: "Headers", policy: Policy) -> None:
+def _check_names(headers: "Headers", hosts: frozenset[str], origins: frozenset[str]) -> None:
     """Refuse calls by another name than this machine's own: they come from somebody's web page."""
     from urllib.parse import urlsplit
 
-    hosts, origin = policy.hosts or (), headers.get("origin")
     for header, prefix in (("host", "//"), ("origin", "")):
         if header not in headers:
             continue
-        if header == "origin" and ({origin, "*"} & policy.origins):
+        if header == "origin" and {headers[header], "*"} & origins:
             continue
         try:
             name = urlsplit(prefix + headers[header]).hostname
@@ -311,12 +309,7 @@ async def _received(
             408, f"the body took more than {seconds:g} s to come", code="slow_body"
         ) from error
     except ClientDisconnect as error:
-        raise _left() from error
-
-
-def _left() -> ApiError:
-    """For the log and the count, nobody will read it."""
-    return ApiError(499, "the caller has left", code="caller_left")
+        raise caller_left() from error
 
 
 async def _answered(
@@ -334,7 +327,7 @@ async def _answered(
         if task in done:
             return task.result()
         if gone in done:
-            raise _left()
+            raise caller_left()
         if over in done:
             raise service.ended()
         raise ApiError(504, f"no answer within {seconds:g} s", code="timeout")
@@ -409,11 +402,10 @@ async def _emit(
                 await emit(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n")
         await emit("data: [DONE]\n\n")
         return 200
-    except TimeoutError:
-        late = ApiError(504, "not finished in time", code="timeout")
-        await emit(f"data: {json.dumps(late.body)}\n\n")
-        return late.status
     except Exception as error:
-        found = _explained(error, scope)
+        if isinstance(error, TimeoutError):
+            found = ApiError(504, "not finished in time", code="timeout")
+        else:
+            found = _explained(error, scope)
         await emit(f"data: {json.dumps(found.body)}\n\n")
         return found.status

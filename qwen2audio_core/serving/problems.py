@@ -55,6 +55,11 @@ def _writable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def caller_left() -> ApiError:
+    """For the log and the count, nobody will read it."""
+    return ApiError(499, "the caller has left", code="caller_left")
+
+
 def problem(error: Exception) -> ApiError:
     """What a caller is told of an exception: all of what is theirs, nothing of what is ours."""
     if isinstance(error, ApiError):
