@@ -8,9 +8,9 @@ python scripts/bench_grid.py --device cpu --shapes tiny --quick    the same code
 2. Random weights of the shape, made on the device. All arms share them; transformers too.
 3. A float32 copy answers some prompts of each length, alone, once: the reference of every arm's
    error. It is given away before anything is timed.
-4. For each length and batch, most telling first, until the budget is spent: the arms in turn, then
-   in turn backwards, each warmed up and then timed from the waveforms on. Greedy, no end, as many
-   tokens each. Where an arm is wrong (below) it gets no speed.
+4. Every arm's turn at every length and batch, until the budget is spent: first what the targets
+   ask for, then the rest, then all once more backwards. Each is warmed up and then timed from the
+   waveforms on. Greedy, no end, as many tokens each. A wrong arm (below) gets no speed.
 
 eager, sdpa     transformers with its dynamic cache and that attention
 compiled        transformers with sdpa, static cache and its own torch.compile; in the first cell
@@ -464,6 +464,8 @@ class Grid:
             if name in plan.arms
         }
         self.errors: dict[tuple[str, int, int], dict[str, float]] = {}
+        self.cells: dict[tuple[int, int], dict[str, Any]] = {}
+        self.runs: dict[tuple[tuple[int, int], str], list[Run]] = {}
 
     def _references(self) -> dict[int, dict[int, Tensor]]:
         """Seconds of audio -> first and last row of each batch -> float32 logits (n + 1, V), of the
@@ -520,37 +522,48 @@ class Grid:
         floor = torch.finfo(torch.float32).eps * 100
         return 2 * self.errors[key]["rms"] + floor + WORSE.get(name, 0.0)
 
-    def cell(self, seconds: int, batch: int) -> dict[str, Any]:
-        """All arms on one length and batch."""
+    def turns(self) -> Iterator[tuple[int, tuple[int, int], str]]:
+        """(round, cell, arm), the most telling first."""
         plan = self.plan
-        prompts = prompts_of(plan.config, seconds, batch)
-        floors = self.floors(seconds, batch)
-        found: dict[str, Any] = {}
-        runs: dict[str, list[Run]] = {}
+        every = [
+            (cell, arm)
+            for cell in plan.cells
+            for arm in plan.arms
+            if arm != "compiled" or cell == plan.cells[0]
+        ]
+        asked = {((seconds, batch), arm) for _, seconds, batch, arm, *_ in TARGETS}
+        asked.add((plan.cells[0], "compiled"))
+        every.sort(key=lambda turn: (turn not in asked, turn[1] == "compiled"))
         for number in range(plan.rounds):
-            for name in plan.arms[:: 1 if number % 2 == 0 else -1]:
-                if name == "compiled" and (number or (seconds, batch) != plan.cells[0]):
-                    continue
-                if number and (plan.left < 0 or name not in runs):
-                    continue  # a second opinion, for which there must be time
-                with self.memory() as peak:
-                    try:
-                        entry = self.visit(name, seconds, prompts, first=number == 0)
-                    except Exception as error:  # one arm's trouble is no other's
-                        line = (str(error).splitlines() or [type(error).__name__])[0]
-                        entry = {"refused": f"{type(error).__name__}: {line[:200]}"}
-                if "refused" in entry:
-                    found[name] = entry
-                    runs.pop(name, None)
-                    continue
-                run = entry.pop("run")
-                run.peak = peak[0]
-                runs.setdefault(name, []).append(run)
-                found.setdefault(name, {}).update(entry)
-        for name, several in runs.items():
-            found[name] |= self.figures(name, batch, several, found[name]["stages"], floors[name])
-        order = {name: found[name] for name in plan.arms if name in found}
-        return {"seconds": seconds, "batch": batch, "prompt": len(prompts[0].ids), "arms": order}
+            for cell, arm in every[:: 1 if number % 2 == 0 else -1]:
+                if number == 0 or arm != "compiled":
+                    yield number, cell, arm
+
+    def turn(self, cell: tuple[int, int], name: str) -> bool:
+        """One arm on one length and batch, and what there is of the cell so far; False if it does
+        not run, or is wrong."""
+        seconds, batch = cell
+        prompts = prompts_of(self.plan.config, seconds, batch)
+        arms = self.cells.setdefault(
+            cell, {"seconds": seconds, "batch": batch, "prompt": len(prompts[0].ids), "arms": {}}
+        )["arms"]
+        runs = self.runs.setdefault((cell, name), [])
+        with self.memory() as peak:
+            try:
+                entry = self.visit(name, seconds, prompts, first=not runs)
+            except Exception as error:  # one arm's trouble is no other's
+                line = (str(error).splitlines() or [type(error).__name__])[0]
+                entry = {"refused": f"{type(error).__name__}: {line[:200]}"}
+        if "refused" in entry:
+            arms[name] = entry
+            return False
+        run = entry.pop("run")
+        run.peak = peak[0]
+        runs.append(run)
+        arms[name] = arms.get(name, {}) | entry
+        floors = self.floors(seconds, batch)[name]
+        arms[name] |= self.figures(name, batch, runs, arms[name]["stages"], floors)
+        return True
 
     def visit(
         self, name: str, seconds: int, prompts: list[chat.Prompt], first: bool
@@ -669,20 +682,32 @@ class Grid:
             found[name] = one
         return found
 
-    def run(self, ceilings: dict[str, float], show: Callable[[dict[str, Any]], None]) -> list[Any]:
-        """All cells that the budget allows, each shown when it is done; returns those left out."""
+    def run(self, ceilings: dict[str, float], show: Callable[[list[Any]], None]) -> list[Any]:
+        """All turns that the budget allows; `show` gets the cells so far after each. Returns those
+        that there was no time for, but for second opinions."""
         self.ceilings = ceilings
-        left_out, longest = [], 0.0
-        for seconds, batch in self.plan.cells:
-            if self.plan.left < longest:  # the next may take as long as any before
-                left_out.append({"seconds": seconds, "batch": batch})
+        left_out: list[Any] = []
+        took: dict[str, float] = {}
+        over: set[tuple[tuple[int, int], str]] = set()
+        for number, cell, name in self.turns():
+            if (cell, name) in over:
+                continue
+            if self.plan.left <= took.get(name, 0.0):  # it may take as long as in any cell before
+                over.add((cell, name))
+                if number == 0:
+                    left_out.append({"seconds": cell[0], "batch": cell[1], "arm": name})
                 continue
             began = time.perf_counter()
-            cell = self.cell(seconds, batch)
-            show(cell)
-            once = cell["arms"].get("compiled", {}).get("warm_s", 0.0)
-            longest = max(longest, time.perf_counter() - began - once)
+            if not self.turn(cell, name):
+                over.add((cell, name))
+            took[name] = max(took.get(name, 0.0), time.perf_counter() - began)
+            print(f"{cell[0]} s x {cell[1]}, {name}: {time.perf_counter() - began:.1f} s")
+            show([self._in_order(self.cells[one]) for one in self.plan.cells if one in self.cells])
         return left_out
+
+    def _in_order(self, cell: dict[str, Any]) -> dict[str, Any]:
+        arms = {name: cell["arms"][name] for name in self.plan.arms if name in cell["arms"]}
+        return cell | {"arms": arms}
 
 
 def table(cell: dict[str, Any]) -> Iterator[str]:
@@ -801,12 +826,13 @@ def grid(args: argparse.Namespace) -> int:
         print(", ".join(f"{name} {value:.4g} {units[name]}" for name, value in ceilings.items()))
         result: dict[str, Any] = {"machine": about, "ceilings": ceilings, "cells": []}
 
-        def show(cell: dict[str, Any]) -> None:
-            result["cells"].append(cell)
-            print("\n".join(table(cell)), flush=True)
+        def show(cells: list[Any]) -> None:
+            result["cells"] = cells
             save(result, args.json)  # whatever may end the run later
 
         result["left_out"] = Grid(plan).run(ceilings, show)
+    for cell in result["cells"]:
+        print("\n".join(table(cell)))
     result["targets"] = reached(result["cells"]) if args.shapes == "official" else []
     for one in result["targets"]:
         found = "not run" if one["found"] is None else f"{one['found']:.4g}"
@@ -816,7 +842,10 @@ def grid(args: argparse.Namespace) -> int:
             f" {found}, wanted {one['wanted']} {verdict}"
         )
     if result["left_out"]:
-        print(f"left out, the budget of {args.budget:.0f} s was spent: {result['left_out']}")
+        turns = ", ".join(
+            f"{one['seconds']}x{one['batch']} {one['arm']}" for one in result["left_out"]
+        )
+        print(f"left out, the budget of {args.budget:.0f} s was spent: {turns}")
     save(result, args.json)
     if args.plot and result["cells"]:
         plot(result, args.plot)

@@ -50,6 +50,16 @@ def small(grid: ModuleType):
     return made
 
 
+def arms_of(small, batch: int) -> dict:
+    """Every arm's first turn at one second and that batch."""
+    small.cells.clear()
+    small.runs.clear()
+    with torch.inference_mode():
+        for arm in small.plan.arms:
+            small.turn((1, batch), arm)
+    return small.cells[1, batch]["arms"]
+
+
 def test_every_arm_has_the_same_weights(grid: ModuleType, small) -> None:
     """transformers' too: the very same memory, and logits that agree to rounding."""
     ours = {tensor.data_ptr() for tensor in small.model.state_dict().values()}
@@ -76,8 +86,7 @@ def test_a_wrong_arm_gets_no_speed(grid: ModuleType, small, monkeypatch) -> None
     monkeypatch.setattr(small, "errors", {})
     monkeypatch.setattr(grid.Fast, "logits", lambda arm, forced: logits(arm, forced).roll(1, -1))
     monkeypatch.setattr(small.plan, "arms", ("plain", "engine", "int4"))
-    with torch.inference_mode():
-        arms = small.cell(1, 1)["arms"]
+    arms = arms_of(small, 1)
     assert "tpot" in arms["plain"]
     for name in ("engine", "int4"):
         assert "logits are off by" in arms[name]["refused"] and "tpot" not in arms[name]
@@ -106,8 +115,7 @@ def test_an_arm_that_is_wrong_in_a_batch_alone_gets_no_speed_there(
     monkeypatch.setattr(small.plan, "arms", ("plain", "engine"))
     hook = head.register_forward_hook(lambda _, words, logits: spoil(logits))
     try:
-        with torch.inference_mode():
-            alone, three = small.cell(1, 1)["arms"], small.cell(1, 3)["arms"]
+        alone, three = arms_of(small, 1), arms_of(small, 3)
     finally:
         hook.remove()
     for name in ("plain", "engine"):
@@ -121,8 +129,7 @@ def test_an_arm_that_cannot_run_costs_no_other(grid: ModuleType, small, monkeypa
 
     monkeypatch.setattr(grid.Plain, "warm", broken)
     monkeypatch.setattr(small.plan, "arms", ("plain", "engine"))
-    with torch.inference_mode():
-        arms = small.cell(1, 3)["arms"]
+    arms = arms_of(small, 3)
     assert arms["plain"]["refused"] == "RuntimeError: out of memory"
     assert arms["engine"]["tokens_per_s"] > 0
 
@@ -151,16 +158,48 @@ def test_floors_of_the_published_shape(grid: ModuleType) -> None:
     assert held["engine"] / held["int8_cache"] == pytest.approx(256 / 132, rel=0.01)
 
 
-def test_a_budget_leaves_cells_out(grid: ModuleType, small, monkeypatch) -> None:
-    monkeypatch.setattr(small.plan, "arms", ("plain",))
-    monkeypatch.setattr(small.plan, "cells", ((1, 1), (1, 2)))
-    monkeypatch.setattr(small.plan, "budget", 0.0)
-    shown: list[dict] = []
-    assert small.run(small.ceilings, shown.append) == [
-        {"seconds": 1, "batch": 1},
-        {"seconds": 1, "batch": 2},
+def test_a_budget_leaves_turns_out(grid: ModuleType, small, monkeypatch) -> None:
+    """What takes as long as before would end too late; others have their turn."""
+    monkeypatch.setattr(small.plan, "arms", ("plain", "engine", "sdpa"))
+    monkeypatch.setattr(small.plan, "cells", ((3, 1), (1, 2)))
+    monkeypatch.setattr(small.plan, "rounds", 2)
+    clock = [0.0]
+    monkeypatch.setattr(type(small.plan), "left", property(lambda plan: plan.budget - clock[0]))
+    monkeypatch.setattr(grid.time, "perf_counter", lambda: clock[0])
+    turns: list[tuple[tuple[int, int], str]] = []
+
+    def turn(cell: tuple[int, int], arm: str) -> bool:
+        turns.append((cell, arm))
+        small.cells[cell] = {"arms": {}}
+        clock[0] += {"plain": 1.0, "engine": 2.0, "sdpa": 10.0}[arm]
+        return arm != "engine"
+
+    monkeypatch.setattr(small, "turn", turn)
+    monkeypatch.setattr(small, "cells", {})
+    monkeypatch.setattr(small.plan, "budget", 17.5)
+    assert small.run(small.ceilings, lambda cells: None) == [
+        {"seconds": 1, "batch": 2, "arm": "sdpa"}
     ]
-    assert not shown
+    first = [((3, 1), "engine"), ((3, 1), "plain"), ((3, 1), "sdpa"), ((1, 2), "plain")]
+    # The engine was wrong in both, and has no second turn.
+    assert turns == [*first, ((1, 2), "engine"), ((1, 2), "plain")]
+    monkeypatch.setattr(small.plan, "budget", 0.0)
+    turns.clear()
+    assert len(small.run(small.ceilings, lambda cells: None)) == 6 and not turns
+
+
+def test_what_the_targets_ask_for_comes_first(grid: ModuleType) -> None:
+    made = grid.Grid.__new__(grid.Grid)
+    made.plan = plan_of(grid, cells=grid.CELLS, rounds=2)
+    turns = list(made.turns())
+    first, second = turns[: len(turns) // 2 + 1], turns[len(turns) // 2 + 1 :]
+    cells = {((seconds, batch), arm) for _, seconds, batch, arm, *_ in grid.TARGETS}
+    assert {turn[1:] for turn in first[: len(cells)]} == cells
+    assert first[len(cells)] == (0, (3, 1), "compiled")
+    once = {turn[1:] for turn in second}
+    assert len(first) == len(set(first)) == len(grid.CELLS) * (len(grid.ARMS) - 1) + 1
+    assert [turn[1:] for turn in second] == [t[1:] for t in first[::-1] if t[2] != "compiled"]
+    assert {turn[1:] for turn in first} - once == {((3, 1), "compiled")}
 
 
 def test_targets(grid: ModuleType) -> None:
@@ -218,10 +257,12 @@ def test_bench_model_hands_a_gpu_to_the_grid(grid: ModuleType, monkeypatch) -> N
     assert asked[0].budget > 600 and asked[1].quick
 
 
-def report(python: Path | str, *words: Path | str) -> subprocess.CompletedProcess[str]:
+def report(
+    python: Path | str, *words: Path | str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(ROOT / "scripts" / "gpu_report.sh"), *map(str, words)],
-        env=os.environ | {"PYTHON": str(python)},
+        env=os.environ | {"PYTHON": str(python)} | environment,
         capture_output=True,
         text=True,
     )
@@ -249,7 +290,8 @@ def test_a_report_on_a_gpu_runs_these_commands(tmp_path: Path) -> None:
     fake.chmod(0o755)
     done = report(fake, tmp_path / "the out")
     assert done.returncode == 0, done.stdout + done.stderr
-    tests, kernels, model, table = (tmp_path / "asked").read_text().splitlines()
+    asked = [line for line in (tmp_path / "asked").read_text().splitlines() if "xdist" not in line]
+    tests, kernels, model, table = asked
     named = {word for word in tests.split() if word.startswith("tests/")}
     marked = {
         f"tests/{path.name}"
@@ -262,6 +304,20 @@ def test_a_report_on_a_gpu_runs_these_commands(tmp_path: Path) -> None:
     assert table.endswith("--table")
     summary = (tmp_path / "the out" / "summary.txt").read_text().splitlines()
     assert summary[0] == "GPU: Some GPU" and len(summary) == 4
+
+    def budget(line: str) -> int:
+        return int(line.split("--budget ")[1].split()[0])
+
+    assert (budget(kernels), budget(model)) == (162, 243)
+    assert "-n 6" in tests
+    assert report(fake, tmp_path / "more", MINUTES="25").returncode == 0
+    assert report(fake, tmp_path / "alone", "model").returncode == 0
+    asked = (tmp_path / "asked").read_text().splitlines()[len(asked) + 1 :]
+    assert [budget(line) for line in asked if "--budget" in line] == [405, 607, 513]
+    for wrong in ("0", "ten", "1.5", "100", "-3"):
+        done = report(fake, tmp_path / "wrong", MINUTES=wrong)
+        assert done.returncode == 2 and "MINUTES is " in done.stderr
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_a_report_names_the_part_that_fails(tmp_path: Path) -> None:

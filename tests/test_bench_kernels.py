@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import interpreter  # noqa: F401 - before the kernels are defined
 import pytest
@@ -162,39 +163,69 @@ def test_tests_pass_reads_the_exit_code(bench: ModuleType, capsys: pytest.Captur
 
 
 def test_tests_have_an_order_and_an_end(bench: ModuleType, monkeypatch, capsys) -> None:
+    """Those of attention never end, and after them Ctrl-C is pressed."""
     began: list[str] = []
+    killed: list[int] = []
 
-    class Slow:
+    class Tests:
         pid, returncode = 123, 0
 
         def __init__(self, command: list[str], **options: object):
-            began.append(command[-1])
+            self.file = command[-1].split("op_")[1]
+            began.append(self.file)
             assert options["start_new_session"]
 
-        def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-            if timeout is not None and began[-1].endswith("attention.py"):
-                raise bench.subprocess.TimeoutExpired("", timeout)
-            return "", ""
+        def poll(self) -> int | None:
+            return None if self.file == "attention.py" else 0
 
-    killed: list[int] = []
-    monkeypatch.setattr(bench.subprocess, "Popen", Slow)
+        def wait(self) -> None: ...
+
+    monkeypatch.setattr(bench.subprocess, "Popen", Tests)
     monkeypatch.setattr(bench.os, "killpg", lambda group, signal: killed.append(group))
     files = {"gelu", "attention", "linear"}
-    green = bench.tests_pass(files, "cpu", bench.time.perf_counter() + 60)
-    assert [name.split("op_")[1] for name in began] == ["linear.py", "attention.py", "gelu.py"]
-    assert green == {"linear": True, "gelu": True} and killed == [123]
-    assert "not done in time" in capsys.readouterr().out
+    green = bench.tests_pass(files, "cpu", bench.time.perf_counter() + 0.5)
+    assert began == ["linear.py", "attention.py"]
+    assert green == {"linear": True} and killed == [123]
+    assert "attention: not done in time" in capsys.readouterr().out
     assert bench.tests_pass(files, "cpu", 0.0) == {}
 
-    def interrupted(self: Slow, timeout: float | None = None) -> tuple[str, str]:
-        if len(killed) == 1:
+    def pressed(seconds: float) -> None:
+        if began[-1] == "attention.py":
             raise KeyboardInterrupt
-        return "", ""
 
-    monkeypatch.setattr(Slow, "communicate", interrupted)
+    began.clear()
+    monkeypatch.setattr(bench.time, "sleep", pressed)
     with pytest.raises(KeyboardInterrupt):
         bench.tests_pass(files, "cpu")
     assert killed == [123, 123]
+
+
+def test_the_cores_share_the_tests_on_a_gpu(bench: ModuleType, monkeypatch, capsys) -> None:
+    """Of 16 cores each of four files has four, and the next begins when one ends."""
+    began: list[list[str]] = []
+    polls: dict[str, int] = {}
+
+    class Tests:
+        pid, returncode = 123, 1
+
+        def __init__(self, command: list[str], **options: Any):
+            began.append(command)
+            self.file = command[-1]
+            print("what they say", file=options["stdout"])
+
+        def poll(self) -> int | None:
+            polls[self.file] = polls.get(self.file, 0) + 1
+            return None if polls[self.file] < 3 else 1
+
+    monkeypatch.setattr(bench.subprocess, "Popen", Tests)
+    monkeypatch.setattr(bench, "find_spec", lambda name: True)
+    monkeypatch.setattr(bench.os, "cpu_count", lambda: 16)
+    most: list[int] = []
+    monkeypatch.setattr(bench.time, "sleep", lambda seconds: most.append(len(began)))
+    files = {"gelu", "attention", "linear", "rope", "swiglu", "sample"}
+    assert bench.tests_pass(files, "cuda") == dict.fromkeys(files, False)
+    assert most[:4] == [4, 4, 4, 6] and all(command[-3:-1] == ["-n", "4"] for command in began)
+    assert capsys.readouterr().out.count("what they say") == 6
 
 
 def test_arms_alternate(bench: ModuleType) -> None:

@@ -25,12 +25,13 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "kernels" / "README.md"
@@ -69,39 +70,49 @@ def set_up(device: str) -> None:
 def tests_pass(files: set[str], device: str, deadline: float = float("inf")) -> dict[str, bool]:
     """Run the tests of each op's file on the device; file -> whether they are green.
 
-    Most of the time on a GPU is compiling, which several processes share if pytest-xdist is there.
+    Most of the time on a GPU is compiling, which the cores share if pytest-xdist is there: several
+    files at once, each among several processes.
 
     deadline  of time.perf_counter(); a file whose tests are not done by then is left out
     """
-    environment = dict(os.environ)
-    options = ["-q", "-x", "-p", "no:cacheprovider"]
+    environment, workers, at_once = dict(os.environ), 1, 1
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     elif find_spec("xdist"):
-        options += ["-n", str(min(8, os.cpu_count() or 1))]
+        cores = os.cpu_count() or 1
+        workers, at_once = min(4, cores), max(1, cores // 4)
+    waiting = sorted(files, key=lambda file: (FIRST.index(file) if file in FIRST else 99, file))
+    running: dict[str, tuple[subprocess.Popen[str], IO[str]]] = {}
     green = {}
-    for file in sorted(files, key=lambda file: (FIRST.index(file) if file in FIRST else 99, file)):
-        left = deadline - time.perf_counter()
-        if left <= 0:
-            continue
-        command = [sys.executable, "-m", "pytest", *options, f"tests/test_op_{file}.py"]
-        print(f"testing {file}", flush=True)
-        tests = subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        try:
-            out, err = tests.communicate(timeout=None if left == float("inf") else left)
-        except BaseException as error:
+    try:
+        while (waiting or running) and time.perf_counter() < deadline:
+            while waiting and len(running) < at_once:
+                file = waiting.pop(0)
+                command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+                command += ["-n", str(workers)] if workers > 1 else []
+                print(f"testing {file}", flush=True)
+                said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe would fill up
+                tests = subprocess.Popen(
+                    [*command, f"tests/test_op_{file}.py"], cwd=ROOT, env=environment, text=True,
+                    start_new_session=True, stdout=said, stderr=subprocess.STDOUT,
+                )  # fmt: skip
+                running[file] = tests, said
+            time.sleep(0.02)
+            for file, (tests, said) in list(running.items()):
+                if tests.poll() is None:
+                    continue
+                del running[file]
+                green[file] = tests.returncode == 0
+                if not green[file]:
+                    said.seek(0)
+                    print(said.read()[-3000:])
+                said.close()
+    finally:  # the time is over, or Ctrl-C, which they do not get
+        for file, (tests, said) in running.items():
             os.killpg(tests.pid, signal.SIGKILL)  # the processes it shares the work with, too
-            tests.communicate()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise  # Ctrl-C, which they do not get
-            print("    not done in time")
-            continue
-        green[file] = tests.returncode == 0
-        if not green[file]:
-            print(out[-2000:] + err[-1000:])
+            tests.wait()
+            said.close()
+            print(f"    {file}: not done in time")
     return green
 
 
