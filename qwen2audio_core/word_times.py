@@ -33,11 +33,20 @@ HEADS = 4  # whose attention is averaged, out of all
 FLAT = 0.3  # of each row of attention is taken for noise
 SIGMA = 0.3  # s, how far a word may easily lie from an even spread of the letters
 QUIET = 10 ** (-35 / 20)  # of the loudest 10 ms of the clip: what is softer is a pause
+UNSPACED = (  # [first, end) of the scripts written without spaces
+    (0x0E00, 0x10A0),  # Thai, Lao, Tibetan, Burmese
+    (0x1780, 0x1800),  # Khmer
+    (0x3040, 0xA000),  # Kana, Han
+    (0xF900, 0xFB00),
+    (0xFF66, 0xFFA0),  # Kana of half width
+    (0x20000, 0x40000),
+)
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word and when it was said, in seconds from the beginning of the clip."""
+    """A word and when it was said, in seconds from the beginning of the clip. None begins before
+    the one in front of it has ended."""
 
     text: str
     start: float
@@ -76,15 +85,53 @@ def word_times(
         return []
     sizes = [len(tokenizer.bytes_of(answer[i]).strip()) for i in places]
     path, chances = align(model, batch, [columns[i] for i in places], sizes, waveform, heads)
-    words = []
-    for text, tokens in split_words([answer[i] for i in places], tokenizer):
-        start = path.first[tokens[0]] * SECONDS_PER_TOKEN
-        end = (path.last[tokens[-1]] + 1) * SECONDS_PER_TOKEN
-        if waveform is not None:
-            start, end = _without_pauses(loud_frames(waveform), start, end)
+    found = split_words([answer[i] for i in places], tokenizer)
+    loud = None if waveform is None else loud_frames(waveform)
+    words: list[Word] = []
+    for (text, tokens), (start, end) in zip(
+        found, _spans(path, [own for _, own in found]), strict=True
+    ):
+        start, end = start * SECONDS_PER_TOKEN, end * SECONDS_PER_TOKEN
+        if loud is not None:
+            start, end = _without_pauses(loud, start, end)
+        start = max(start, words[-1].end if words else 0.0)
         chance = sum(chances[i] for i in tokens) / len(tokens)
-        words.append(Word(text, round(start, 3), round(end, 3), round(chance, 4)))
+        words.append(Word(text, round(start, 3), round(max(start, end), 3), round(chance, 4)))
     return words
+
+
+def _spans(path: Path, words: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
+    """Where each word begins and ends, in places: (first, behind the last).
+
+    words  the tokens of each. Tokens that share a place, and words that share a token, have equal
+           parts of it
+    """
+    tokens = _in_parts(list(zip(path.first, path.last, strict=True)))
+    owned = _in_parts([(own[0], own[-1]) for own in words])
+
+    def place(at: float) -> float:
+        """Of a point among the tokens, such as the middle of one."""
+        token = min(int(at), len(tokens) - 1)
+        start, end = tokens[token]
+        return start + (at - token) * (end - start)
+
+    return [(place(start), place(end)) for start, end in owned]
+
+
+def _in_parts(spans: Sequence[tuple[int, int]]) -> list[tuple[float, float]]:
+    """Inclusive spans (first, last) of whole numbers, in order, to (begin, end) such that those
+    that share a number have equal parts of it."""
+    sharing: dict[int, list[int]] = {}
+    for number, span in enumerate(spans):
+        for at in set(span):
+            sharing.setdefault(at, []).append(number)
+    return [
+        (
+            first + sharing[first].index(number) / len(sharing[first]),
+            last + (sharing[last].index(number) + 1) / len(sharing[last]),
+        )
+        for number, (first, last) in enumerate(spans)
+    ]
 
 
 def align(
@@ -184,7 +231,8 @@ def best_path(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def split_words(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
     """(word, which of the ids wrote it): runs without spaces, or single characters of scripts that
-    are written without them. Signs belong to the word before."""
+    are written without them. Signs belong to the word they touch, those that open something to the
+    one behind them, and such as stand alone to the one before."""
     owners: list[int] = []  # of each byte
     content = b""
     for number, token in enumerate(ids):
@@ -192,22 +240,39 @@ def split_words(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, lis
         content += piece
         owners += [number] * len(piece)
     words: list[tuple[str, list[int]]] = []
-    open_word, at = False, 0
+    opening, held = "", list[int]()  # signs that wait for their word, and their tokens
+    touches = False  # nothing stands between the last word and here
+    joins = False  # a letter here goes on with the last word
+    at = 0
     for letter in content.decode("utf-8", "surrogateescape"):
         size = len(letter.encode("utf-8", "surrogateescape"))
         tokens, at = owners[at : at + size], at + size
         if letter.isspace():
-            open_word = False
+            if opening and words:  # they were alone
+                words[-1] = (f"{words[-1][0]} {opening}", words[-1][1])
+                opening, held = "", []
+            elif opening:
+                opening = opening.rstrip() + " "
+            touches = joins = False
             continue
-        alone = _unspaced(letter)
-        sign = unicodedata.category(letter)[0] in "PS"
-        if words and (sign or (open_word and not alone)):
-            text, own = words[-1]
+        kind, alone = unicodedata.category(letter), _unspaced(letter)
+        if kind[0] in "PS":
             # A sign's own token says when it was written, not when a word was said.
-            words[-1] = (text + letter, own if sign else own + tokens)
+            if touches and not opening and (joins or kind not in ("Ps", "Pi")):
+                words[-1] = (words[-1][0] + letter, words[-1][1])
+            else:
+                opening, held = opening + letter, held + tokens
+            continue
+        if joins and not alone and not opening:
+            words[-1] = (words[-1][0] + letter, words[-1][1] + tokens)
         else:
-            words.append((letter, list(tokens)))
-        open_word = not alone
+            words.append((opening + letter, tokens))
+            opening, held = "", []
+        touches, joins = True, not alone
+    if opening:
+        words.append(
+            (f"{words[-1][0]} {opening}", words.pop()[1]) if words else (opening.rstrip(), held)
+        )
     return [
         (text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), sorted(set(tokens)))
         for text, tokens in words
@@ -217,12 +282,7 @@ def split_words(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, lis
 def _unspaced(letter: str) -> bool:
     """Whether it belongs to a script written without spaces: Han, Kana, Thai and their kin."""
     code = ord(letter)
-    return (
-        0x0E00 <= code < 0x1100
-        or 0x3040 <= code < 0xA000
-        or 0xF900 <= code < 0xFB00
-        or (0x20000 <= code < 0x40000)
-    )
+    return any(first <= code < end for first, end in UNSPACED)
 
 
 def loud_frames(waveform: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import toy
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qwen2audio_core import assistant as assistants
 from qwen2audio_core import attribution, chat, probe, transcribe, word_times
@@ -264,6 +266,38 @@ def test_words_of_texts_with_and_without_spaces(heard):
     words, tokens = split("你好 world。")
     assert words == ["你", "好", "world。"] and tokens[0] == "你"
     assert split("") == ([], [])
+    for spanish in (["hola", "¿Dónde", "está?"], ["Sí", "¡y", "ya!"], ["uno", "(dos", "tres)"]):
+        assert split(" ".join(spanish))[0] == spanish
+    assert split("it costs $5 to #3")[0] == ["it", "costs", "$5", "to", "#3"]
+    assert split('said "hello" to')[0] == ["said", '"hello"', "to"]
+    assert split("20 % of it, then ...")[0] == ["20 %", "of", "it,", "then ..."]
+    assert split("... and so")[0] == ["... and", "so"] and split(" ... ")[0] == ["..."]
+    assert split("他说「今天」。")[0] == ["他", "说", "「今", "天」。"]
+    assert split("5月 はい")[0] == ["5", "月", "は", "い"]
+    assert split("ქართული ენა")[0] == ["ქართული", "ენა"]  # Georgian has spaces
+
+
+@given(st.lists(st.text("aé…\"'($¿?-%", min_size=1, max_size=4), min_size=1, max_size=6))
+def test_words_are_the_text_itself(heard, pieces):
+    """Put together again, they are what was written: no sign is lost, no two words are one."""
+    words = split_words(heard.tokenizer.encode(" ".join(pieces)), heard.tokenizer)
+    assert " ".join(word for word, _ in words) == " ".join(pieces)
+    said = [piece for piece in pieces if any(map(str.isalpha, piece))]
+    assert len(words) == max(1, len(said))
+    assert all(own and own == sorted(set(own)) for _, own in words)
+
+
+def test_words_share_what_they_were_written_from():
+    """Two tokens in one place, two characters in one token: each has its part, and no overlap."""
+    path = word_times.Path([0, 3, 3, 5], [3, 3, 5, 5], [])
+    spans = word_times._spans(path, [[0], [1], [2, 3], [3]])
+    third = 1 / 3
+    assert spans == [
+        pytest.approx((0, 3 + third)),
+        pytest.approx((3 + third, 3 + 2 * third)),
+        pytest.approx((3 + 2 * third, 5.75)),
+        pytest.approx((5.75, 6)),
+    ]
 
 
 def planted(places, audio, tokens, width, generator):
@@ -304,6 +338,7 @@ def test_words_stand_where_a_head_looked(heard):
                     heads=[(1, 1)],
                 )
             assert [word.text for word in words] == text.split()
+            assert all(a.end <= b.start for a, b in itertools.pairwise(words))
             assert all(0 <= word.probability <= 1 for word in words)
             for word, start in zip(words, starts, strict=True):
                 found += [abs(word.start - start), abs(word.end - start - toy.WORD)]
@@ -431,6 +466,7 @@ def test_word_times_of_the_small_model(spoken):
         batch = attribution.answered(prompt, ids, one.model)
         words = word_times.word_times(one.model, one.tokenizer, batch, ids, sound)
         assert [word.text for word in words] == [word for word, *_ in times]
+        assert all(a.end <= b.start for a, b in itertools.pairwise(words))
         errors += [
             abs(word.start - start) for word, (_, start, _) in zip(words, times, strict=True)
         ]
