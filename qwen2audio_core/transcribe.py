@@ -8,16 +8,17 @@ recording is quietest. Every window is put to the model, silent ones too; a segm
 heard no words has no text, and no line in any format but json.
 """
 
+import itertools
 import json
 import os
 import re
 import tempfile
 import time
-from collections import Counter
+import zlib
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -30,9 +31,9 @@ from qwen2audio_core.attribution import answered
 from qwen2audio_core.audio_files import source_name
 from qwen2audio_core.chat import Prompt
 from qwen2audio_core.errors import AudioError, CheckpointError, InputError
-from qwen2audio_core.frontend import SAMPLE_RATE
+from qwen2audio_core.frontend import MAX_SECONDS, SAMPLE_RATE
 from qwen2audio_core.tokenizer import Tokenizer
-from qwen2audio_core.word_times import Word, word_times
+from qwen2audio_core.word_times import Word, is_unspaced, word_times
 
 # Of the published evaluation, which writes the language's tag behind it to begin the answer.
 RECOGNIZE = "Detect the language and recognize the speech: "
@@ -41,6 +42,7 @@ CLIP = "<|audio_bos|><|AUDIO|><|audio_eos|>"
 
 # The tags of the published tokenizer, Taiwan's Mandarin, Cantonese, Wu and Min Nan among them.
 SPACED = ("en", "de", "es", "ko", "fr", "it", "ru", "pt", "ar")
+TOGETHER = 16  # batches of windows of short recordings that are sorted by length
 UNSPACED = ("zh", "ja", "zh_tw", "yue", "wuu", "nan")  # no space between two sentences
 LANGUAGES = SPACED + UNSPACED
 
@@ -57,6 +59,14 @@ class Segment:
     ids: list[int]  # the answer's tokens, tags and end token included
     finish_reason: str  # as in Reply; "length" means that words may be missing
     words: list[Word] | None = None  # seconds of the recording; None where nobody asked
+    avg_logprob: float | None = None  # mean of the ids'; None where nobody asked
+
+    @property
+    def compression_ratio(self) -> float:
+        """Bytes of the text over those it takes compressed: above 2.4 it repeats itself, says
+        Whisper's code, which this comes from."""
+        text = self.text.encode()
+        return len(text) / len(zlib.compress(text))
 
 
 @dataclass(frozen=True)
@@ -73,8 +83,8 @@ class Transcript:
         """The segments' texts, joined as their languages are written."""
         text = ""
         for segment in self.segments:
-            space = " " if text and segment.text and segment.language not in UNSPACED else ""
-            text += space + segment.text
+            together = segment.language in UNSPACED or is_unspaced(segment.text[:1])
+            text += ("" if together or not text or not segment.text else " ") + segment.text
         return text
 
 
@@ -107,6 +117,7 @@ class Scribe:
         """What the model wrote about a window."""
         said = [*reply.ids, *reversed(reply.prompt.ids)]
         named = (self._tags[i] for i in said if i in self._tags)
+        logprobs = [likelihood.logprob for likelihood in reply.logprobs]
         return Segment(
             window.start,
             window.end,
@@ -114,6 +125,7 @@ class Scribe:
             "en" if self._translate else next(named, None),
             reply.ids,
             reply.finish_reason,
+            avg_logprob=sum(logprobs) / len(logprobs) if logprobs else None,
         )
 
 
@@ -159,62 +171,131 @@ def transcribe(
                  `language` must be None
     translate    put it into English, with the published prompt for that; a `prompt` given beside
                  it has to ask for that itself
-    batch_size   windows answered at once; fewer need less memory
+    batch_size   windows answered at once; fewer need less memory. In bfloat16 an answer may depend
+                 on it, where two tokens are as good as alike
     words        also time every word, by one more run over each window: see word_times.py
     notice       called with one line when an answer was cut off by max_new_tokens
     on_progress  called with (done, whole), seconds of sound: at the beginning, then for each batch
-    options      seed, stop, and generation settings as in Assistant. Greedy, with the checkpoint's
-                 repetition penalty, unless temperature, top_k or top_p is given
+    options      seed, stop, logprobs (for avg_logprob, 0 is enough), and generation settings as in
+                 Assistant. Greedy, with the checkpoint's repetition penalty, unless temperature,
+                 top_k or top_p is given
     errors       AudioError for the recording; PromptError or InputError for the rest
     """
     scribe = Scribe(assistant.tokenizer, language, prompt, translate)
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}, it must be at least 1")
-    if all(options.get(name) is None for name in ("greedy", "temperature", "top_k", "top_p")):
-        options["greedy"] = True
-
-    began = time.perf_counter()
-    samples, rate = source if isinstance(source, tuple) else (source, None)
-    name = source_name(source) if rate is None else "the recording"
-    waveform = audio.load(samples, sampling_rate=rate, name=name)
-    pieces = windows(waveform, name)
-    duration = pieces[-1].end
-    seconds = {"audio": time.perf_counter() - began}
-
-    segments: list[Segment] = []
+    ask = _Asking(assistant, scribe, batch_size, words, notice, options)
+    recording = _Recording.of(source)
     if on_progress is not None:
-        on_progress(0.0, duration)
-    for first in range(0, len(pieces), batch_size):
-        batch = pieces[first : first + batch_size]
-        prompts = [scribe.prompt(window) for window in batch]
-        replies = assistant.stream_prompts(prompts, answers=1, **options).finished()
-        for stage, spent in replies[0].seconds.items():
-            seconds[stage] = seconds.get(stage, 0.0) + spent
-        for window, prompted, reply in zip(batch, prompts, replies, strict=True):
-            segments.append(scribe.segment(window, reply))
-            if words:
-                timed = _timed(assistant, window, prompted, reply.ids)
-                segments[-1] = replace(segments[-1], words=timed)
-            if reply.finish_reason == "length" and notice is not None:
-                notice(cut_notice(segments[-1], name))
+        on_progress(0.0, recording.duration)
+    for _ in ask.about([recording]):
         if on_progress is not None:
-            on_progress(batch[-1].end, duration)
-    return joined(segments, seconds)
+            on_progress(recording.done, recording.duration)
+    return recording.transcript()
 
 
-def _timed(
-    assistant: Assistant, window: audio.Piece, prompt: chat.Prompt, ids: list[int]
-) -> list[Word]:
+@dataclass(eq=False)
+class _Recording:
+    """One on its way to a transcript."""
+
+    name: str
+    windows: list[audio.Piece]
+    seconds: dict[str, float]
+    segments: dict[int, Segment] = field(default_factory=dict)  # by the number of the window
+    done: float = 0.0  # s of sound
+
+    @classmethod
+    def of(cls, source: Any) -> "_Recording":
+        began = time.perf_counter()
+        samples, rate = source if isinstance(source, tuple) else (source, None)
+        name = source_name(source) if rate is None else "the recording"
+        pieces = windows(audio.load(samples, sampling_rate=rate, name=name), name)
+        return cls(name, pieces, {"audio": time.perf_counter() - began})
+
+    @property
+    def duration(self) -> float:
+        return self.windows[-1].end
+
+    @property
+    def finished(self) -> bool:
+        return len(self.segments) == len(self.windows)
+
+    def transcript(self) -> Transcript:
+        return joined([segment for _, segment in sorted(self.segments.items())], self.seconds)
+
+
+class _Asking:
+    """Windows to the model, in batches. Arguments as in `transcribe`."""
+
+    def __init__(
+        self,
+        assistant: Assistant,
+        scribe: Scribe,
+        batch_size: int,
+        words: bool,
+        notice: Callable[[str], None] | None,
+        options: dict[str, Any],
+    ):
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size is {batch_size!r}, it must be a whole number, at least 1")
+        if unknown := options.keys() & {"answers", "after"}:
+            raise InputError(f"a transcript takes no option {min(unknown)!r}")
+        if all(options.get(name) is None for name in ("greedy", "temperature", "top_k", "top_p")):
+            options = {**options, "greedy": True}
+        self.batch_size = batch_size
+        self._assistant, self._scribe, self._options = assistant, scribe, options
+        self._words, self._notice = words, notice
+
+    def about(self, recordings: Sequence[_Recording]) -> Iterator[list[_Recording]]:
+        """Ask about every window; after each batch come the recordings that it brought further."""
+        waiting = [
+            (recording, number)
+            for recording in recordings
+            for number in range(len(recording.windows))
+        ]
+        if len(recordings) > 1:  # those of like length together: none is padded, or waits, for long
+            waiting.sort(key=lambda one: len(one[0].windows[one[1]].waveform))
+        for first in range(0, len(waiting), self.batch_size):
+            batch = waiting[first : first + self.batch_size]
+            self._ask(batch)
+            yield list(dict.fromkeys(recording for recording, _ in batch))
+
+    def _ask(self, batch: Sequence[tuple[_Recording, int]]) -> None:
+        pieces = [recording.windows[number] for recording, number in batch]
+        prompts = [self._scribe.prompt(window) for window in pieces]
+        replies = self._assistant.stream_prompts(prompts, answers=1, **self._options).finished()
+        for (recording, number), window, reply in zip(batch, pieces, replies, strict=True):
+            for stage, spent in reply.seconds.items():
+                before = recording.seconds.get(stage, 0.0)
+                recording.seconds[stage] = before + spent / len(batch)
+            segment = self._scribe.segment(window, reply)
+            if self._words:
+                segment = replace(segment, words=_timed(self._assistant, window, reply))
+            recording.segments[number] = segment
+            recording.done += window.end - window.start
+            if reply.finish_reason == "length" and self._notice is not None:
+                self._notice(cut_notice(segment, recording.name))
+
+
+def _timed(assistant: Assistant, window: audio.Piece, reply: Reply) -> list[Word]:
     """The words of one window's answer, in seconds of the whole recording."""
-    model = assistant.model
-    batch = answered(prompt, ids, model)
+    model, ids = assistant.model, reply.ids
+    batch = answered(reply.prompt, ids, model)
     found = word_times(model, assistant.tokenizer, batch, ids, window.waveform) if ids else []
-    return [
-        replace(
-            word, start=round(window.start + word.start, 3), end=round(window.start + word.end, 3)
+    left = "".join(reply.text.split())  # a stop string is among the ids, and not in the text
+    words = []
+    for word in found:
+        size = len("".join(word.text.split()))
+        if not left:
+            break
+        words.append(
+            replace(
+                word,
+                text=word.text if size <= len(left) else left,
+                start=round(window.start + word.start, 3),
+                end=round(window.start + word.end, 3),
+            )
         )
-        for word in found
-    ]
+        left = left[size:]
+    return words
 
 
 def _ignore(line: str) -> None:
@@ -225,6 +306,9 @@ def _instruction(
     tokenizer: Tokenizer, language: str | None, prompt: str | None, translate: bool = False
 ) -> str:
     text = TRANSLATE if translate else RECOGNIZE
+    for name, value in (("language", language), ("prompt", prompt)):
+        if not isinstance(value, str | None):
+            raise InputError(f"{name} is {value!r:.60}, it must be a string")
     if prompt is not None:
         if language is not None:
             raise InputError(
@@ -320,6 +404,8 @@ def to_json(transcript: Transcript) -> str:
                 "tokens": segment.ids,
                 "language": segment.language,
                 "finish_reason": segment.finish_reason,
+                "compression_ratio": segment.compression_ratio,
+                **({} if segment.avg_logprob is None else {"avg_logprob": segment.avg_logprob}),
                 **({} if segment.words is None else {"words": [_word(w) for w in segment.words]}),
             }
             for number, segment in enumerate(transcript.segments)
@@ -392,7 +478,11 @@ def kinds_of(formats: Iterable[str]) -> list[str]:
 
 def _unwritable(folder: str | Path, error: OSError) -> InputError:
     why = error.strerror or type(error).__name__
-    return InputError(f"{folder}: cannot write transcripts there ({why}): choose another folder")
+    named = f" {Path(error.filename2).name}" if error.filename2 else ""
+    return InputError(
+        f"{folder}: cannot write transcripts there ({why}{named and ':'}{named}): choose another"
+        " folder"
+    )
 
 
 # Many files
@@ -414,14 +504,21 @@ def run(
     folder: str | Path | None = None,
     formats: Iterable[str] = ("txt",),
     *,
+    language: str | None = None,
+    prompt: str | None = None,
+    translate: bool = False,
+    batch_size: int = 8,
+    words: bool = False,
+    notice: Callable[[str], None] | None = None,
     on_progress: Callable[[str, float, float], None] | None = None,
     **options: Any,
 ) -> Iterator[Outcome]:
-    """Transcribe files one after another; iterate over it to make it work.
+    """Transcribe files; iterate over it to make it work. Outcomes come in the files' order.
 
-    A file that cannot be heard is an Outcome with an error, and the rest goes on. What would hit
-    every file is raised, and as far as possible before the first is begun. A file's transcripts are
-    on the disk before its Outcome comes.
+    Short recordings are answered together, as many windows at a time as `batch_size` says. A file
+    that cannot be heard is an Outcome with an error, and the rest goes on. What would hit every
+    file is raised, and as far as possible before the first is begun. A file's transcripts are on
+    the disk before its Outcome comes.
 
     files        paths or URLs. The transcript of talk.wav is called talk.txt, so two files of one
                  name are an error, whatever folders they come from
@@ -432,8 +529,14 @@ def run(
     errors       InputError: options, names that collide, a folder that cannot be written to
     """
     kinds = kinds_of(formats)
-    _instruction(assistant.tokenizer, options.get("language"), options.get("prompt"))
-    sources = [os.fspath(file) for file in files]
+    scribe = Scribe(assistant.tokenizer, language, prompt, translate)
+    ask = _Asking(assistant, scribe, batch_size, words, notice, options)
+    if isinstance(files, str | bytes | os.PathLike):
+        raise InputError(f"files is {files!r:.60}; give a list of them")
+    for file in files:
+        if not isinstance(file, str | os.PathLike):
+            raise InputError(f"{type(file).__name__} is no file's name: samples go to transcribe()")
+    sources = [os.fsdecode(file) for file in files]
     if folder is not None:
         _check_names(sources, Path(folder), kinds)
         try:
@@ -441,15 +544,45 @@ def run(
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise _unwritable(folder, error) from error
+
+    def told(recording: _Recording, source: str) -> list[Path]:
+        """Its files, if it is finished and there is a folder."""
+        if on_progress is not None:
+            on_progress(source, recording.done, recording.duration)
+        if folder is None or not recording.finished:
+            return []
+        return write(recording.transcript(), folder, _stem(source), kinds)
+
+    def finish(group: Sequence[tuple[str, _Recording | AudioError]]) -> Iterator[Outcome]:
+        recordings = {one: source for source, one in group if isinstance(one, _Recording)}
+        written = {one: told(one, source) for one, source in recordings.items()}
+        waiting = deque(group)
+        for moved in itertools.chain(((),), ask.about(list(recordings))):
+            written |= {one: told(one, recordings[one]) for one in moved}
+            while waiting:
+                source, one = waiting[0]
+                if isinstance(one, AudioError):
+                    yield Outcome(source, error=str(one))
+                elif one.finished:
+                    yield Outcome(source, one.transcript(), written[one])
+                else:
+                    break
+                waiting.popleft()
+
+    group: list[tuple[str, _Recording | AudioError]] = []
+    held = count = 0.0  # s of sound, and windows
     for source in sources:
-        progress = None if on_progress is None else partial(on_progress, source)
         try:
-            transcript = transcribe(assistant, source, on_progress=progress, **options)
+            recording = _Recording.of(source)
         except AudioError as error:
-            yield Outcome(source, error=str(error))
-            continue
-        written = [] if folder is None else write(transcript, folder, _stem(source), kinds)
-        yield Outcome(source, transcript, written)
+            group.append((source, error))
+        else:
+            group.append((source, recording))
+            held, count = held + recording.duration, count + len(recording.windows)
+        if held >= MAX_SECONDS * batch_size or count >= TOGETHER * batch_size:
+            yield from finish(group)
+            group, held, count = [], 0.0, 0.0
+    yield from finish(group)
 
 
 def _check_names(sources: list[str], folder: Path, kinds: list[str]) -> None:
@@ -458,6 +591,8 @@ def _check_names(sources: list[str], folder: Path, kinds: list[str]) -> None:
     for source in sources:
         path = folder / _stem(source)
         other = owners.get(path.name.casefold())  # some disks do not tell a from A
+        if other is not None and os.path.realpath(other) == os.path.realpath(source):
+            raise InputError(f"{source_name(source)}: named twice, leave one out")
         if other is not None:
             raise InputError(
                 f"{source_name(other)} and {source_name(source)} would both be written to"
@@ -469,6 +604,9 @@ def _check_names(sources: list[str], folder: Path, kinds: list[str]) -> None:
                 f"{source_name(source)}: its transcript would take the place of a recording in"
                 f" {folder}: choose another folder"
             )
+        for kind in kinds:
+            if os.path.isdir(f"{path}.{kind}"):
+                raise InputError(f"{path}.{kind}: is a folder, a transcript would be called so")
 
 
 def _stem(source: str) -> str:

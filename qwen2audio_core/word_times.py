@@ -255,7 +255,7 @@ def split_words(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, lis
                 opening = opening.rstrip() + " "
             touches = joins = False
             continue
-        kind, alone = unicodedata.category(letter), _unspaced(letter)
+        kind, alone = unicodedata.category(letter), is_unspaced(letter)
         if kind[0] in "PS":
             # A sign's own token says when it was written, not when a word was said.
             if touches and not opening and (joins or kind not in ("Ps", "Pi")):
@@ -279,9 +279,9 @@ def split_words(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, lis
     ]
 
 
-def _unspaced(letter: str) -> bool:
+def is_unspaced(letter: str) -> bool:
     """Whether it belongs to a script written without spaces: Han, Kana, Thai and their kin."""
-    code = ord(letter)
+    code = ord(letter) if letter else 0
     return any(first <= code < end for first, end in UNSPACED)
 
 

@@ -207,6 +207,10 @@ def test_the_tag_is_the_only_difference_between_languages(tokenizer):
         ({"language": "sil"}, InputError, "language 'sil'"),
         ({"language": "en", "prompt": "Write:"}, InputError, "leave the language out"),
         ({"batch_size": 0}, InputError, "batch_size is 0"),
+        ({"batch_size": "8"}, InputError, "batch_size is '8'"),
+        ({"language": ["en"]}, InputError, r"language is \['en'\], it must be a string"),
+        ({"prompt": 3}, InputError, "prompt is 3, it must be a string"),
+        ({"answers": 2}, InputError, "no option 'answers'"),
         ({"prompt": "<|AUDIO|> again"}, PromptError, "2 placeholders"),
     ],
 )
@@ -242,6 +246,10 @@ def test_language_comes_from_the_answer_or_else_from_the_prompt(tokenizer):
 
     unnamed = transcribe.transcribe(Fake(tokenizer, ["a", "", "c"]), sound)
     assert (unnamed.language, unnamed.text) == (None, "a c")
+    # A prompt of one's own may name the language that is heard, and be answered in another.
+    prompt = "Translate into Mandarin: <|en|>"
+    mandarin = transcribe.transcribe(Fake(tokenizer, ["一。", "二。", "x"]), sound, prompt=prompt)
+    assert mandarin.text == "一。二。 x"
     prompt = "Translate: <|fr|>"
     prompted = transcribe.transcribe(Fake(tokenizer, ["a", "b", "<|de|>c"]), sound, prompt=prompt)
     assert [s.language for s in prompted.segments] == ["fr", "fr", "de"]
@@ -321,6 +329,36 @@ def test_words_are_timed_by_a_quantised_model():
     assert [word.text for word in segment.words] == segment.text.split()
 
 
+def test_words_end_where_a_stop_string_does():
+    small = load("tiny", device="cpu")
+    clip = tiny.trained().parent / "clips" / "en_train.flac"
+
+    def words(**options):
+        (segment,) = transcribe.transcribe(small, clip, words=True, **options).segments
+        return segment.text, [word.text for word in segment.words]
+
+    whole, every = words()
+    assert whole.split() == every and len(every) > 3
+    for stop in (every[3], every[3][1:]):  # before a word, and in the middle of one
+        text, some = words(stop=stop)
+        assert text.split() == some and text == whole[: whole.find(stop)].rstrip()
+
+
+def test_log_probabilities_of_an_answer(assistant):
+    source = (clicks(1).numpy(), RATE)
+    plain = transcribe.transcribe(assistant, source, max_new_tokens=4)
+    weighed = transcribe.transcribe(assistant, source, max_new_tokens=4, logprobs=0)
+    (segment,) = weighed.segments
+    assert plain.segments[0].avg_logprob is None and segment.avg_logprob < 0
+    prompt = transcribe.Scribe(assistant.tokenizer).prompt(audio.Piece(clicks(1), 0.0, 1.0))
+    options = {"greedy": True, "max_new_tokens": 4, "logprobs": 0}
+    (reply,) = assistant.stream_prompts([prompt], **options).finished()
+    mean = sum(likelihood.logprob for likelihood in reply.logprobs) / len(reply.ids)
+    assert segment.ids == reply.ids and segment.avg_logprob == pytest.approx(mean)
+    assert json.loads(transcribe.to_json(weighed))["segments"][0]["avg_logprob"] < 0
+    assert "avg_logprob" not in json.loads(transcribe.to_json(plain))["segments"][0]
+
+
 def test_the_checkpoints_penalty_holds_until_another_is_given(assistant):
     sound = clicks(2)
     expected = {penalty: greedy_ids(assistant, sound, penalty) for penalty in (1.0, 1.1)}
@@ -388,7 +426,11 @@ def test_tsv():
 def test_json():
     text = transcribe.to_json(EXAMPLE)
     assert text.endswith("}\n") and "你好" in text
-    assert json.loads(text) == {
+    content = json.loads(text)
+    ratios = [segment.pop("compression_ratio") for segment in content["segments"]]
+    assert ratios[1] == 0 and all(0 < ratio < 1 for ratio in ratios[::2])  # too short to gain
+    assert Segment(0, 1, "so on " * 50, "en", [], "length").compression_ratio > 10
+    assert content == {
         "text": "Ask not what a --> b & <c> 你好",
         "segments": [
             {
@@ -501,7 +543,65 @@ def test_a_bad_file_is_reported_and_the_rest_goes_on(tokenizer, tmp_path):
         assert outcome.transcript is None and outcome.files == []
     assert names(tmp_path / "out") == ["a.txt", "b.txt"]
     assert (tmp_path / "out" / "b.txt").read_text() == "second\n"
-    assert progress == [(str(file), done, 1.0) for file in good for done in (0.0, 1.0)]
+    assert progress == [(str(file), done, 1.0) for done in (0.0, 1.0) for file in good]
+
+
+def test_short_recordings_are_answered_together(tokenizer, tmp_path):
+    """By length, in batches; outcomes in the files' order, each file's windows in its own."""
+    lengths = {"a": 2.0, "b": 1.0, "long": 95.0, "c": 1.5, "d": 1.2}
+    files = [write_wav(tmp_path / f"{name}.wav", lengths[name]) for name in lengths]
+
+    class Echo(Fake):  # says how many audio tokens it heard
+        def stream_prompts(self, prompts, answers, **options):
+            self.answers = iter([str(sum(prompt.audio_tokens)) for prompt in prompts])
+            return super().stream_prompts(prompts, answers, **options)
+
+    fake = Echo(tokenizer, [])
+    outcomes = list(transcribe.run(fake, files, tmp_path / "out", batch_size=3))
+    assert [outcome.source for outcome in outcomes] == [str(file) for file in files]
+    # The long one fills a group up; what comes behind it is the next.
+    heard = [[sum(prompt.audio_tokens) for prompt in fake.prompts][i : i + 3] for i in (0, 3)]
+    assert fake.batches == [3, 3, 2] and heard[0] == sorted(heard[0]) and min(heard[1]) > 600
+    for outcome, seconds in zip(outcomes, lengths.values(), strict=True):
+        alone = transcribe.transcribe(Echo(tokenizer, []), outcome.source)
+        assert outcome.transcript == alone and alone.duration == seconds
+        assert outcome.files[0].read_text() == transcribe.to_txt(alone)
+    spent = [outcome.transcript.seconds for outcome in outcomes]
+    assert sum(one["decode"] for one in spent) == pytest.approx(3 * 4.0)
+
+
+def test_a_group_of_short_recordings_has_an_end(tokenizer, tmp_path):
+    path = write_wav(tmp_path / "a.wav")
+    count = transcribe.TOGETHER + 3
+    fake = Fake(tokenizer, ["x"] * count)
+    outcomes = transcribe.run(fake, [path] * count, batch_size=1)
+    next(outcomes)
+    assert len(fake.prompts) == 1  # each Outcome comes as soon as it can
+    assert len(list(outcomes)) == count - 1 and len(fake.prompts) == count
+    opened = []
+    fake = Fake(tokenizer, ["x"] * 100)
+    for outcome in transcribe.run(
+        fake, [path] * 60, batch_size=1, on_progress=lambda *at: opened.append(at[1])
+    ):
+        assert outcome.transcript is not None
+        assert opened.count(0.0) - opened.count(1.0) < 30  # seconds of sound are in memory
+
+
+def test_what_is_no_list_of_files(tokenizer, tmp_path):
+    for files, message in (
+        ("talk.wav", "give a list"),
+        (tmp_path / "talk.wav", "give a list"),
+        ([(torch.zeros(RATE), RATE)], "tuple is no file's name"),
+    ):
+        with pytest.raises(InputError, match=message):
+            next(transcribe.run(Fake(tokenizer, []), files))
+    path = write_wav(tmp_path / "x.wav")
+    with pytest.raises(InputError, match=r"x\.wav: named twice"):
+        next(transcribe.run(Fake(tokenizer, []), [path, path], tmp_path / "out"))
+    (tmp_path / "out" / "x.json").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"x\.json: is a folder"):
+        next(transcribe.run(Fake(tokenizer, []), [path], tmp_path / "out", "all"))
+    assert names(tmp_path / "out") == ["x.json"]
 
 
 def test_without_a_folder_nothing_is_written(tokenizer, tmp_path):
@@ -511,9 +611,7 @@ def test_without_a_folder_nothing_is_written(tokenizer, tmp_path):
     assert names(tmp_path) == ["a.wav"]
 
 
-@pytest.mark.parametrize(
-    "files", [("a/x.wav", "b/x.wav"), ("x.wav", "x.mp3"), ("x.wav", "X.wav"), ("x.wav", "x.wav")]
-)
+@pytest.mark.parametrize("files", [("a/x.wav", "b/x.wav"), ("x.wav", "x.mp3"), ("x.wav", "X.wav")])
 def test_two_files_of_one_name_are_refused_before_any_work(tokenizer, tmp_path, files):
     fake = Fake(tokenizer, [])
     with pytest.raises(InputError, match="would both be written to") as caught:
@@ -550,7 +648,7 @@ def test_ctrl_c_keeps_the_files_that_are_finished(tokenizer, tmp_path):
     outcomes = []
     with pytest.raises(KeyboardInterrupt):
         for outcome in transcribe.run(
-            Fake(tokenizer, ["first", "interrupt"]), files, tmp_path / "out", "all"
+            Fake(tokenizer, ["first", "interrupt"]), files, tmp_path / "out", "all", batch_size=1
         ):
             outcomes.append(outcome)
     assert len(outcomes) == 1

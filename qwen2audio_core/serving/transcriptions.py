@@ -1,14 +1,12 @@
 """/v1/audio/transcriptions and /v1/audio/translations: a recording of any length to text."""
 
 import asyncio
-import zlib
 from typing import Any, BinaryIO
 
 from torch import Tensor
 
 from qwen2audio_core import audio, transcribe
 from qwen2audio_core.assistant import Reply, change
-from qwen2audio_core.engine import Request
 from qwen2audio_core.errors import AudioError, InputError
 from qwen2audio_core.frontend import SAMPLE_RATE
 from qwen2audio_core.serving import sources
@@ -38,7 +36,6 @@ class Recording:
         settings = change(service.assistant.settings, **request.changes)
         self._temperature = settings.temperature if settings.do_sample else 0.0
         self._tokens = min(settings.max_new_tokens, service.policy.answer_tokens)
-        self._requests: list[Request] = []  # of the windows, in order
         self.notices: list[str] = []  # where words may be missing
 
     async def answer(self, file: BinaryIO, name: str) -> dict[str, Any] | str:
@@ -51,14 +48,13 @@ class Recording:
         places = asyncio.Semaphore(max(1, self._service.engine.max_batch // 2))
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._window(window, places)) for window in windows]
-        found = [task.result() for task in tasks]
-        self._requests = [request for _, request in found]
+        segments = [task.result() for task in tasks]
         self.notices = [
             transcribe.cut_notice(segment, name)
-            for segment, _ in found
+            for segment in segments
             if segment.finish_reason == "length"
         ]
-        return self._format(transcribe.joined([segment for segment, _ in found]))
+        return self._format(transcribe.joined(segments))
 
     def _decode(self, file: BinaryIO, name: str) -> list[audio.Piece]:
         policy = self._service.policy
@@ -70,9 +66,7 @@ class Recording:
         except AudioError as error:
             raise ApiError(400, str(error), param="file", code="invalid_audio") from error
 
-    async def _window(
-        self, window: audio.Piece, places: asyncio.Semaphore
-    ) -> tuple[Segment, Request]:
+    async def _window(self, window: audio.Piece, places: asyncio.Semaphore) -> Segment:
         async with places:
             run = Run(
                 self._service,
@@ -89,8 +83,10 @@ class Recording:
             finally:
                 run.cancel()
         request = run.requests[0]
-        reply = Reply(run.prompt, text, request.ids, request.finish_reason)
-        return self._scribe.segment(window, reply), request
+        reply = Reply(
+            run.prompt, text, request.ids, request.finish_reason, logprobs=request.logprobs
+        )
+        return self._scribe.segment(window, reply)
 
     def _format(self, transcript: Transcript) -> dict[str, Any] | str:
         shape = self._request.format
@@ -100,21 +96,18 @@ class Recording:
             return transcribe.FORMATS[shape](transcript)
         body: dict[str, Any] = {"text": transcript.text}
         if shape == "verbose_json":
-            pairs = zip(transcript.segments, self._requests, strict=True)
             body |= {
                 "task": "translate" if self._translate else "transcribe",
                 "language": transcript.language or "",
                 "duration": transcript.duration,
                 "segments": [
-                    self._segment(i, segment, request) for i, (segment, request) in enumerate(pairs)
+                    self._segment(i, segment) for i, segment in enumerate(transcript.segments)
                 ],
             }
         body["usage"] = {"type": "duration", "seconds": round(transcript.duration, 3)}
         return body | ({"notices": self.notices} if self.notices else {})
 
-    def _segment(self, number: int, segment: Segment, request: Request) -> dict[str, Any]:
-        logprobs = [likelihood.logprob for likelihood in request.logprobs]
-        text = segment.text.encode()
+    def _segment(self, number: int, segment: Segment) -> dict[str, Any]:
         return {
             "id": number,
             "seek": round(segment.start * 100),  # frames of 10 ms, as Whisper's
@@ -123,8 +116,8 @@ class Recording:
             "text": segment.text,
             "tokens": segment.ids,
             "temperature": self._temperature,
-            "avg_logprob": sum(logprobs) / max(1, len(logprobs)),
-            "compression_ratio": len(text) / len(zlib.compress(text)),
+            "avg_logprob": segment.avg_logprob or 0.0,
+            "compression_ratio": segment.compression_ratio,
             "no_speech_prob": 0.0,  # this model gives none, and clients want a number
             "language": segment.language,
             "finish_reason": segment.finish_reason,
