@@ -17,17 +17,18 @@ import torch
 
 from qwen2audio_core import backends, chat, hub, tiny, weights
 from qwen2audio_core.chat import Long, Prompt
-from qwen2audio_core.errors import CheckpointError, InputError, warn
+from qwen2audio_core.errors import CheckpointError, InputError, inside, warn
 from qwen2audio_core.generate import Generation
 from qwen2audio_core.linear import Linear
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.packed_linear import why_not_packed
 from qwen2audio_core.quantize import SCHEMES, Scheme
 from qwen2audio_core.reuse import Fingerprint
-from qwen2audio_core.sampling import Likelihood, Settings
+from qwen2audio_core.sampling import Likelihood, Settings, check_whole
 from qwen2audio_core.tokenizer import TextStream, Tokenizer
 
 Message = dict[str, Any]
+ENCODING = ("system", "long", "notice", "continue_last")  # options of Assistant.encode
 
 
 @dataclass(repr=False, eq=False)
@@ -157,11 +158,13 @@ class Assistant:
 
         greedy, temperature, top_k, top_p, repetition_penalty, max_new_tokens, min_new_tokens
                   change the checkpoint's settings; giving temperature, top_k or top_p samples
-        seed      makes sampling repeatable
+        seed      makes sampling repeatable, for the same prompts in the same batch; engine.py draws
+                  for each prompt alone
         stop      a string, or several, that end an answer; they are not part of it
         logprobs  also give each id's Likelihood, with so many alternatives
         system    replaces the published system prompt
         long      what to do with a clip of more than 30 s: "split", "cut" or "error"
+        continue_last  the last turn is the assistant's, and the answer goes on with it
         notice    called with one line for everything worth knowing, such as a split; without it
                   Python's warnings say it
     """
@@ -199,7 +202,7 @@ class Assistant:
 
         latest  keeps what was read, for the next turn; None does not
         """
-        encoding = {key: options.pop(key) for key in ("system", "long", "notice") if key in options}
+        encoding = {key: options.pop(key) for key in ENCODING if key in options}
         prompt = self.encode(messages, **encoding)
         if latest is None:
             return self.stream_prompts([prompt], **options)
@@ -217,11 +220,19 @@ class Assistant:
     def batch(
         self, conversations: Sequence[Sequence[Message]], answers: int = 1, **options: Any
     ) -> list[list[Reply]]:
-        """Answer conversations at once, each `answers` times: replies[conversation][answer]."""
+        """Answer conversations at once, each `answers` times: replies[conversation][answer].
+
+        Where one cannot be read, none is answered, and the error tells its number.
+        """
         if not conversations:
             return []
-        encoding = {key: options.pop(key) for key in ("system", "long", "notice") if key in options}
-        prompts = [self.encode(messages, **encoding) for messages in conversations]
+        encoding = {key: options.pop(key) for key in ENCODING if key in options}
+        prompts = []
+        for i, messages in enumerate(conversations):
+            try:
+                prompts.append(self.encode(messages, **encoding))
+            except InputError as error:
+                raise inside(f"conversations[{i}]", error) from error
         replies = self.stream_prompts(prompts, answers=answers, **options).finished()
         return [replies[i : i + answers] for i in range(0, len(replies), answers)]
 
@@ -235,11 +246,13 @@ class Assistant:
         system: str | None = None,
         long: Long = "split",
         notice: Callable[[str], None] | None = None,
+        continue_last: bool = False,
     ) -> Prompt:
         """Turns and clips to one prompt, with this checkpoint's tokenizer and limits."""
-        return self._checked(
-            chat.encode(messages, self.tokenizer, system=system, long=long), notice
+        prompt = chat.encode(
+            messages, self.tokenizer, system=system, long=long, continue_last=continue_last
         )
+        return self._checked(prompt, notice)
 
     def encode_raw(
         self,
@@ -274,6 +287,8 @@ class Assistant:
         after  as in generate.Generation; Latest sees to it
         """
         settings = change(self.settings, **changes)
+        if check_whole("answers", answers, 1) > 1 and not settings.do_sample:
+            warn(f"greedy decoding writes the same answer {answers} times: give a temperature")
         bins = self.model.config.audio.num_mel_bins
         batch = chat.collate(prompts, settings.pad_token_id, num_mel_bins=bins, device=self.device)
         writers = [StopWriter(self.tokenizer, stop) for _ in range(len(prompts) * answers)]

@@ -82,6 +82,7 @@ def encode(
     *,
     system: str | None = None,
     add_generation_prompt: bool = True,
+    continue_last: bool = False,
     long: Long = "split",
     special_in_text: bool = False,
     sampling_rate: int | None = None,
@@ -101,6 +102,8 @@ def encode(
                      an empty system turn. The model knows no conversation without one; for prompts
                      without any markup there is encode_raw.
     add_generation_prompt  end with the opening of the assistant's turn
+    continue_last    end with the last turn, which must be the assistant's, left open: the answer
+                     goes on where it ends
     long             clips over 30 s: "split" into several, each with its own "Audio n:"; "error";
                      or "cut" with a notice
     special_in_text  let special tokens that stand in texts be tokens; by default they are text.
@@ -127,7 +130,9 @@ def encode(
     notices: list[str] = []
     answers: list[tuple[int, int]] = []
     opening = tokenizer.encode("assistant\n")
-    for role, items in turns:
+    if continue_last and turns[-1][0] != "assistant":
+        raise PromptError(f"the last turn is the {turns[-1][0]}'s, there is nothing to go on with")
+    for number, (role, items) in enumerate(turns, 1):
         writer.special("<|im_start|>")
         begin = len(writer.finish())
         writer.text(role + "\n")
@@ -146,6 +151,8 @@ def encode(
                 writer.special(AUDIO, audio_tokens[-1])
                 writer.special(AUDIO_EOS)
                 writer.text("\n")
+        if continue_last and number == len(turns):
+            return Prompt(writer.finish(), clips, audio_tokens, notices, answers)
         writer.special("<|im_end|>")
         if role == "assistant":
             ids = writer.finish()

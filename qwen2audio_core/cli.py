@@ -233,7 +233,12 @@ def transcribe(
         str | None, typer.Option(help="Instead of the published recognition prompt.")
     ] = None,
     model: Model = "tiny",
-    batch_size: Annotated[int, typer.Option(help="Windows of up to 30 s answered at once.")] = 8,
+    translate: Annotated[
+        bool, typer.Option("--translate", help="Into English, with the published prompt for that.")
+    ] = False,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Windows of up to 30 s, of all files, answered at once.")
+    ] = 8,
     word_timestamps: Annotated[
         bool, typer.Option("--word-timestamps", help="When each word was said; in json.")
     ] = False,
@@ -249,8 +254,9 @@ def transcribe(
 ) -> None:
     """Write down what is said, with the published recognition prompts; of any length.
 
-    Printed are one recording in one format, or several as txt, each file's name on stderr.
-    Everything else goes into a folder, a file for each: -o DIR.
+    Printed are one recording in one format, or several as txt, each file's name on stderr, or as
+    json, a line for each with its "file". Everything else goes into a folder, a file for each:
+    -o DIR.
 
     Examples:
 
@@ -266,7 +272,8 @@ def transcribe(
     from qwen2audio_core.errors import AudioError
 
     formats = transcripts.kinds_of(format or ["txt"])  # slips are told of before the model is read
-    if output is None and (len(formats) > 1 or (len(files) > 1 and formats != ["txt"])):
+    several = len(files) > 1
+    if output is None and (len(formats) > 1 or (several and formats[0] not in ("txt", "json"))):
         what = f"{len(formats)} formats" if len(formats) > 1 else f"{formats[0]} of several files"
         raise InputError(f"{what} would run into one another: give a folder for them, -o DIR")
     if output is not None and not os.path.isdir(output):
@@ -313,6 +320,8 @@ def transcribe(
             on_progress=show,
             language=language,
             prompt=prompt,
+            translate=translate,
+            logprobs=0 if "json" in formats else None,
             batch_size=batch_size,
             words=word_timestamps,
             notice=note,
@@ -323,7 +332,10 @@ def transcribe(
                 failed = True
                 note(f"error: {outcome.error}")
             elif output is None:
-                if len(files) > 1:
+                if several and formats == ["json"]:
+                    write(transcripts.json_line(outcome.source, outcome.transcript))
+                    continue
+                if several:
                     note(f"{source_name(outcome.source)}:")
                 written = transcripts.FORMATS[formats[0]](outcome.transcript)
                 write(written if formats == ["json"] else printable(written))
@@ -505,7 +517,11 @@ def _mend_streams() -> None:
             sys.exit(_fail("stdout is closed: there is nowhere to put the answer"))
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+        # What the terminal has no letter for is escaped. A file or pipe has them all, whatever the
+        # system's old code page is, unless somebody asks for another encoding.
+        sys.stdout.reconfigure(errors="backslashreplace")
+        if not sys.stdout.isatty() and not os.environ.get("PYTHONIOENCODING"):
+            sys.stdout.reconfigure(encoding="utf-8")
 
 
 def _fail(line: str) -> int:

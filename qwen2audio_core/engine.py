@@ -32,14 +32,14 @@ import torch
 
 from qwen2audio_core import backends, gpu
 from qwen2audio_core.chat import Prompt, check_length
-from qwen2audio_core.errors import InputError, PromptError
+from qwen2audio_core.errors import InputError, PromptError, inside
 from qwen2audio_core.frontend import clip_lengths
 from qwen2audio_core.generate import Answer
 from qwen2audio_core.model import Qwen2Audio, check_places
 from qwen2audio_core.packing import pack, pack_codes
 from qwen2audio_core.prefix_cache import WORTH, Beginning, PrefixCache, digest, runs
 from qwen2audio_core.recording import record_graph
-from qwen2audio_core.sampling import Likelihood, Settings, check_seed
+from qwen2audio_core.sampling import Likelihood, Settings, check_seed, check_whole
 from qwen2audio_core.slots import MAX_ENDS, MAX_TOP, Job, Slots
 
 OnToken = Callable[[int], bool | None]
@@ -270,8 +270,8 @@ class Engine:
         errors    PromptError for a prompt that is not one, InputError for one that cannot fit
         """
         job, clips = self._job(prompt, settings, seed)
-        if logprobs is not None and not 0 <= logprobs <= MAX_TOP:
-            raise InputError(f"logprobs is {logprobs}, it must be 0 to {MAX_TOP}")
+        if logprobs is not None:
+            logprobs = check_whole("logprobs", logprobs, 0, MAX_TOP)
         job.logprobs = logprobs is not None
         digests = [digest(clip) for clip in prompt.clips] if self.prefixes.limit else []
         beginning = Beginning(prompt.ids, list(zip([at for at, _ in clips], digests, strict=False)))
@@ -286,9 +286,20 @@ class Engine:
     def generate(
         self, prompts: Sequence[Prompt], settings: Settings, seed: int | None = None
     ) -> list[Answer]:
-        """Answer prompts, each as if it were alone, with the same seed. In their order."""
-        requests = [self.submit(prompt, settings, seed) for prompt in prompts]
-        return [request.result() for request in requests]
+        """Answer prompts, each as if it were alone, with the same seed. In their order. Where one
+        cannot be, none is, and the error tells its number."""
+        requests: list[Request] = []
+        try:
+            for i, prompt in enumerate(prompts):
+                try:
+                    requests.append(self.submit(prompt, settings, seed))
+                except InputError as error:
+                    raise inside(f"prompts[{i}]", error) from error
+            return [request.result() for request in requests]
+        except BaseException:  # Ctrl-C too: nobody waits for the others any more
+            for request in requests:
+                request.cancel()
+            raise
 
     def forget(self) -> None:
         """Empty the prefix cache, and record graphs anew. Call it when the model has changed, its

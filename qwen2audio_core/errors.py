@@ -1,5 +1,6 @@
 """The errors a person can cause: one line each, what was wrong, where, and what to do."""
 
+import copy
 import sys
 import warnings
 
@@ -21,6 +22,13 @@ def warn(line: str) -> None:
 
 class InputError(ValueError):
     """Something given cannot be used. The command line prints the line and exits with 2."""
+
+
+def inside(where: str, error: InputError) -> InputError:
+    """The same error, told of one among several."""
+    found = copy.copy(error)
+    found.args = (f"{where}: {error}",)
+    return found
 
 
 class AudioError(InputError):

@@ -9,10 +9,16 @@ import torch
 
 from qwen2audio_core.cache import KVCache
 from qwen2audio_core.chat import Batch, room
-from qwen2audio_core.errors import InputError
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.reuse import Read, shared
-from qwen2audio_core.sampling import Likelihood, Settings, check_seed, choose, log_probabilities
+from qwen2audio_core.sampling import (
+    Likelihood,
+    Settings,
+    check_seed,
+    check_whole,
+    choose,
+    log_probabilities,
+)
 
 
 @dataclass
@@ -53,12 +59,11 @@ class Generation:
         logprobs: int | None = None,
         after: "Generation | None" = None,
     ):
-        if answers < 1:
-            raise InputError(f"answers is {answers}, it must be at least 1")
+        answers = check_whole("answers", answers, 1)
         seed = check_seed(seed)
         words = model.config.text.vocab_size
-        if logprobs is not None and not 0 <= logprobs <= words:
-            raise InputError(f"logprobs is {logprobs}, it must be 0 to {words}")
+        if logprobs is not None:
+            logprobs = check_whole("logprobs", logprobs, 0, words)
         self.model = model
         self.settings = settings
         self.logprobs = logprobs

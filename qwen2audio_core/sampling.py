@@ -61,6 +61,15 @@ def check_seed(seed: Any) -> int | None:
     return int(seed)
 
 
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """A whole number as a plain int; InputError for anything else, and beyond the bounds."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        expected = f"at least {least}" if most is None else f"{least} to {most}"
+        raise InputError(f"{name} is {value!r:.40}, it must be a whole number, {expected}")
+    return int(value)
+
+
 @dataclass(frozen=True)
 class Likelihood:
     """How likely the model found a token it wrote, and which others it found likely.

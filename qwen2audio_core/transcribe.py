@@ -32,6 +32,7 @@ from qwen2audio_core.audio_files import source_name
 from qwen2audio_core.chat import Prompt
 from qwen2audio_core.errors import AudioError, CheckpointError, InputError
 from qwen2audio_core.frontend import MAX_SECONDS, SAMPLE_RATE
+from qwen2audio_core.sampling import check_whole
 from qwen2audio_core.tokenizer import Tokenizer
 from qwen2audio_core.word_times import Word, is_unspaced, word_times
 
@@ -234,13 +235,11 @@ class _Asking:
         notice: Callable[[str], None] | None,
         options: dict[str, Any],
     ):
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"batch_size is {batch_size!r}, it must be a whole number, at least 1")
         if unknown := options.keys() & {"answers", "after"}:
             raise InputError(f"a transcript takes no option {min(unknown)!r}")
         if all(options.get(name) is None for name in ("greedy", "temperature", "top_k", "top_p")):
             options = {**options, "greedy": True}
-        self.batch_size = batch_size
+        self.batch_size = check_whole("batch_size", batch_size, 1)
         self._assistant, self._scribe, self._options = assistant, scribe, options
         self._words, self._notice = words, notice
 
@@ -393,7 +392,17 @@ def to_tsv(transcript: Transcript) -> str:
 
 def to_json(transcript: Transcript) -> str:
     """All of it, under Whisper's names where it has them; times in seconds."""
-    content = {
+    return json.dumps(_content(transcript), ensure_ascii=False, indent=2) + "\n"
+
+
+def json_line(source: str, transcript: Transcript) -> str:
+    """The same on one line, with its "file" in front."""
+    content = {"file": source_name(source), **_content(transcript)}
+    return json.dumps(content, ensure_ascii=False) + "\n"
+
+
+def _content(transcript: Transcript) -> dict[str, Any]:
+    return {
         "text": transcript.text,
         "segments": [
             {
@@ -413,7 +422,6 @@ def to_json(transcript: Transcript) -> str:
         "language": transcript.language,
         "duration": transcript.duration,
     }
-    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
 
 
 def _word(word: Word) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from qwen2audio_core.errors import InputError
 
 CLIP = "<|audio_bos|><|AUDIO|><|audio_eos|>"
 UNSPACED = ("zh", "yue", "ja")
+KEYS = ("task", "subtask", "set", "language", "seconds")  # of every row
 MAX_NEW_TOKENS = 64
 # Sets of English speech that are not espeak's: festival, and flite's voice that training lacks.
 UNSEEN = {"engine": "wer.unseen_engine", "flite": "wer.unseen_voice_flite"}
@@ -190,19 +191,39 @@ def table(scores: dict[str, dict[str, float]], details: bool = False) -> str:
 
 def read(path: Path) -> list[Row]:
     """The rows of a jsonl, their clips by paths that hold from anywhere."""
+    folder, rows = path.resolve().parent, []
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise InputError(
             f"{path}: cannot read it ({error.strerror}); make it with scripts/make_tiny_data.py"
         ) from error
-    folder = path.resolve().parent
-    for row in rows:
-        if "audio" in row:
-            row["audio"] = str(folder / row["audio"])
-        else:
-            row["audios"] = [str(folder / clip) for clip in row["audios"]]
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            own = ("messages", "audios") if "messages" in row else ("audio", "prompt", "gt")
+            if lacking := {*KEYS, *own} - row.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+            if "audio" in row:
+                row["audio"] = str(folder / row["audio"])
+            else:
+                row["audios"] = [str(folder / clip) for clip in row["audios"]]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path}, line {number}: no row of make_tiny_data.py ({error})"
+            ) from error
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path}: holds no rows")
     return rows
+
+
+def at_least_one(word: str) -> int:
+    if (number := int(word)) < 1:
+        raise ValueError
+    return number
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -212,15 +233,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", required=True, metavar="DIR", help="a checkpoint's folder")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--file", default="test.jsonl", help="which rows; default test.jsonl")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
+    parser.add_argument("--limit", type=at_least_one, metavar="N", help="only the first N rows")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="write every answer here")
-    parser.add_argument("--batch", type=int, default=32, help="rows answered at once; default 32")
+    parser.add_argument(
+        "--batch", type=at_least_one, default=32, help="rows answered at once; default 32"
+    )
     parser.add_argument("--device", help="default: the GPU where there is one")
     parser.add_argument("--details", action="store_true", help="also the parts of each task")
     args = parser.parse_args(argv)
     try:
         rows = read(args.data / args.file)[: args.limit]
+        for path in (args.json, args.answers):
+            if path and not path.absolute().parent.is_dir():
+                raise InputError(f"{path}: there is no such folder to write into")
         assistant = assistants.load(args.model, device=args.device)
         options = {"greedy": True, "max_new_tokens": MAX_NEW_TOKENS}
         answers = [given for (given,) in answer(assistant, rows, args.batch, **options)]

@@ -282,6 +282,17 @@ def test_a_terminal_that_knows_few_letters():
         env=environment,
     )
     assert done.returncode == 0 and done.stdout.isascii()
+    said = json.dumps(done.stdout.decode().strip())  # nothing became a question mark
+    del environment["PYTHONIOENCODING"]
+    environment |= {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    piped = subprocess.run(
+        [sys.executable, "-m", "qwen2audio_core", *map(str, words)],
+        capture_output=True,
+        env=environment,
+    )
+    whole = piped.stdout.decode().strip()
+    assert piped.returncode == 0 and not whole.isascii()
+    assert json.loads(said.replace("\\\\u", "\\u")) == whole
 
 
 def test_a_prompt_longer_than_the_context(run):
@@ -434,13 +445,32 @@ def test_transcribe_goes_on_without_what_is_missing(run, question, tmp_path):
 
 def test_what_is_printed_is_known_by_its_file(run, question, no_model):
     both = ("transcribe", question, question)
-    for kind in ("srt", "vtt", "tsv", "json"):
+    for kind in ("srt", "vtt", "tsv"):
         message = failure(run(*both, "-f", kind))
         assert message.startswith(f"error: {kind} of several files would run into one another")
     assert failure(run("transcribe", question, "-f", "srt", "-f", "json")).startswith(
         "error: 2 formats would run into one another: give a folder for them, -o DIR"
     )
     assert failure(run("transcribe", question, "-f", "all")).startswith("error: 5 formats")
+
+
+def test_several_transcripts_in_json_are_lines(run, question, tmp_path):
+    words = ("--max-new-tokens", 4, "--greedy", "-f", "json")
+    other = tmp_path / "a b.flac"
+    other.write_bytes(question.read_bytes())
+    code, out, _ = run("transcribe", question, other, tmp_path / "none.wav", *words)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 2 and [line.pop("file") for line in lines] == [str(question), str(other)]
+    lines.append(json.loads(run("transcribe", question, *words)[1]))
+    weights = [line["segments"][0].pop("avg_logprob") for line in lines]
+    assert lines[0] == lines[1] == lines[2]
+    assert max(weights) - min(weights) < 1e-4 and max(weights) < 0
+
+
+def test_a_translation_is_asked_for(run, question):
+    words = ("--max-new-tokens", 4, "--greedy", "-f", "json")
+    code, out, _ = run("transcribe", question, "--translate", *words)
+    assert code == 0 and json.loads(out)["language"] == "en"
 
 
 def test_several_transcripts_are_printed_with_their_names_on_stderr(run, question):

@@ -149,6 +149,16 @@ def test_the_same_tokens_as_generate(assistant, options):
         assert (ours.ids, ours.finish_reason) == (theirs.ids, theirs.finish_reason), len(prompt.ids)
 
 
+def test_one_prompt_of_many_that_cannot_fit_is_named(assistant):
+    prompts = mixed(assistant, 3)
+    with Engine(fresh(), max_batch=2, max_tokens=1024, worker=False) as engine:
+        prompts[1] = replace(prompts[1], ids=prompts[1].ids + [1] * 2000)
+        with pytest.raises(InputError, match=r"^prompts\[1\]: a prompt of 2\d+ tokens"):
+            engine.generate(prompts, GREEDY)
+        assert engine.waiting == engine.active == 0  # nobody waits for the others
+        assert len(engine.generate(prompts[2:], GREEDY)) == 1
+
+
 def test_sampled_tokens_are_those_of_generate_and_of_no_neighbour(assistant):
     prompts = mixed(assistant, 6)
     expected = [

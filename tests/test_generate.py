@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from qwen2audio_core import chat, tiny
 from qwen2audio_core.assistant import Assistant, StopWriter, change, load, user_turn
-from qwen2audio_core.errors import InputError, PromptError
+from qwen2audio_core.errors import AudioError, InputError, Notice, PromptError
 from qwen2audio_core.generate import Generation, generate
 from qwen2audio_core.sampling import Settings
 
@@ -237,7 +238,8 @@ def test_a_batch_equals_its_rows(assistant):
         (alone,) = assistant.stream_messages(conversation, **options).finished()
         assert reply.ids == alone.ids and reply.text == alone.text
     assert assistant.batch([]) == []
-    twice = assistant.batch(conversations, answers=2, **options)
+    with pytest.warns(Notice, match="writes the same answer 2 times"):
+        twice = assistant.batch(conversations, answers=2, **options)
     assert [[r.ids for r in row] for row in twice] == [[row[0].ids] * 2 for row in together]
 
 
@@ -279,6 +281,32 @@ def test_a_turn_that_cannot_be_read_costs_nothing(assistant):
 def test_system_prompt(assistant):
     ids = assistant.encode([user_turn("x")], system="Be brief.").ids
     assert "system\nBe brief." in assistant.tokenizer.decode(ids)
+
+
+def test_one_of_many_that_cannot_be_read_is_named(assistant):
+    turn, short = user_turn("What?", noise()), (np.zeros(100, "float32"), 16000)
+    for wrong, kind, said in (
+        ([user_turn("What?", short)], AudioError, r"messages\[0\]\.content\[0\]: .*too short"),
+        ([], PromptError, "no messages"),
+        ([user_turn("x" * 9000)], PromptError, "the prompt has"),
+    ):
+        with pytest.raises(kind, match=r"^conversations\[1\]: " + said) as caught:
+            assistant.batch([[turn], wrong, [turn]], max_new_tokens=2)
+        assert isinstance(caught.value.__cause__, kind)
+
+
+def test_an_answer_goes_on_with_what_was_begun(assistant):
+    begun = [user_turn("What?", noise()), {"role": "assistant", "content": "A dog"}]
+    options = {"greedy": True, "max_new_tokens": 6}
+    ((reply,),) = assistant.batch([begun], continue_last=True, **options)
+    plain = assistant.encode(begun[:1])
+    ids = [*plain.ids, *assistant.tokenizer.encode("A dog")]
+    (same,) = assistant.stream_prompts([replace(plain, ids=ids)], **options).finished()
+    assert reply.prompt.ids == ids and reply.ids == same.ids
+    ((other,),) = assistant.batch([begun], **options)
+    assert other.prompt.ids[: len(ids)] == ids and len(other.prompt.ids) > len(ids)
+    with pytest.raises(PromptError, match="the last turn is the user's"):
+        assistant.encode(begun[:1], continue_last=True)
 
 
 def test_raw_prompt(assistant):
@@ -361,6 +389,10 @@ def test_numbers_of_numpy_are_numbers(assistant):
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"stop": 5}, "stop is 5"),
+        ({"answers": 1.5}, "answers is 1.5, it must be a whole number, at least 1"),
+        ({"answers": "2"}, "answers is '2'"),
+        ({"logprobs": True}, "logprobs is True, it must be a whole number, 0 to"),
+        ({"logprobs": "2"}, "logprobs is '2'"),
         ({"stop": ["a", 5]}, "stop is "),
         ({"audio": ("a.wav", "b.wav")}, "put several into a list"),
         ({"audio": (np.zeros(9), 16000, 1)}, "put several into a list"),

@@ -489,6 +489,37 @@ def row(task: str, wanted: str, language: str = "en", **more: Any) -> Row:
     }
 
 
+def test_rows_that_cannot_be_scored_are_named(tmp_path: Path, capsys) -> None:
+    about = {"task": "asr", "subtask": "", "set": "x", "language": "en", "seconds": 1.0}
+    row = {**about, "audio": "a.flac", "prompt": "?", "gt": "one\u2028two"}
+    good = json.dumps(row, ensure_ascii=False).encode()
+    path = tmp_path / "test.jsonl"
+    path.write_bytes(good + b"\n\n" + good)
+    (first, second) = evaluate_tiny.read(path)
+    assert first == second == {**row, "audio": str(tmp_path / "a.flac")}
+    wrong = ["--model", "tiny", "--data", str(tmp_path)]
+    for line, said in (
+        (b"{", "line 2: no row of make_tiny_data.py ("),
+        (b"[]", "line 2: no row"),
+        (b"\xff\xfe", "line 2: no row"),
+        (b'{"audio": "a", "prompt": "p", "gt": "g", "source": "s"}', "it lacks language, seconds"),
+        (json.dumps({**about, "messages": []}).encode(), "it lacks audios"),
+    ):
+        path.write_bytes(good + b"\n" + line)
+        assert evaluate_tiny.main(wrong) == 2
+        told = capsys.readouterr().err
+        assert said in told and told.count("\n") == 1
+    path.write_bytes(b"\n")
+    assert evaluate_tiny.main(wrong) == 2 and "holds no rows" in capsys.readouterr().err
+    path.write_bytes(good)
+    for option in ("--json", "--answers"):
+        assert evaluate_tiny.main([*wrong, option, str(tmp_path / "none" / "x")]) == 2
+        assert "no such folder" in capsys.readouterr().err
+    for option in ("--batch", "--limit"):
+        with pytest.raises(SystemExit):
+            evaluate_tiny.main([*wrong, option, "0"])
+
+
 def test_normalise() -> None:
     assert evaluate_tiny.normalise("Twenty-one, please!") == "twenty one please"
     assert evaluate_tiny.normalise("<|fr|>Où est l'hôtel ?") == "où est l hôtel"
