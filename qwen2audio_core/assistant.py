@@ -18,7 +18,7 @@ import torch
 from qwen2audio_core import backends, chat, hub, tiny, weights
 from qwen2audio_core.chat import Long, Prompt
 from qwen2audio_core.errors import CheckpointError, InputError, inside, warn
-from qwen2audio_core.generate import Generation
+from qwen2audio_core.generate import Generation, likelihoods
 from qwen2audio_core.linear import Linear
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.packed_linear import why_not_packed
@@ -235,6 +235,23 @@ class Assistant:
                 raise inside(f"conversations[{i}]", error) from error
         replies = self.stream_prompts(prompts, answers=answers, **options).finished()
         return [replies[i : i + answers] for i in range(0, len(replies), answers)]
+
+    def score(self, prompt: Prompt, answers: Sequence[str | Sequence[int]]) -> list[list[float]]:
+        """How likely the model finds answers that it did not write: for each, the natural logarithm
+        of every token's probability; their sum is that of the answer. The prompt is read once.
+
+        prompt   from `encode` or `encode_raw`
+        answers  texts, in which special tokens are tokens (a last "<|im_end|>" has the end weighed
+                 too), or ids
+        """
+        texts = [
+            self.tokenizer.encode(one, special=True) if isinstance(one, str) else list(one)
+            for one in answers
+        ]
+        bins = self.model.config.audio.num_mel_bins
+        pad = self.settings.pad_token_id
+        batch = chat.collate([prompt], pad, num_mel_bins=bins, device=self.device)
+        return likelihoods(self.model, batch, texts)
 
     def chat(self, system: str | None = None) -> "Chat":
         """Begin a conversation that remembers its turns and clips."""

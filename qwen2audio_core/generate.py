@@ -1,7 +1,7 @@
 """Prompts to answers, one token at a time. Simple and readable: what any faster way must equal."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -9,6 +9,7 @@ import torch
 
 from qwen2audio_core.cache import KVCache
 from qwen2audio_core.chat import Batch, room
+from qwen2audio_core.errors import InputError
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.reuse import Read, shared
 from qwen2audio_core.sampling import (
@@ -19,6 +20,8 @@ from qwen2audio_core.sampling import (
     choose,
     log_probabilities,
 )
+
+TOGETHER = 8  # answers that `likelihoods` reads at once
 
 
 @dataclass
@@ -179,3 +182,52 @@ def generate(
             if on_token is not None and on_token(row, token):
                 run.finish(row)
     return run.answers
+
+
+def likelihoods(
+    model: Qwen2Audio, batch: Batch, answers: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    """log p(id | prompt, ids before it) of every id of answers that might follow one prompt.
+
+    The prompt is read once, and the answers TOGETHER at a time.
+
+    batch    of one prompt
+    answers  the ids of each
+    errors   InputError for more than one prompt, an empty answer, one that does not fit
+    """
+    if len(batch.ids) != 1:
+        raise InputError(f"answers are weighed for one prompt, this batch has {len(batch.ids)}")
+    if empty := [i for i, answer in enumerate(answers) if not len(answer)]:
+        raise InputError(f"answers[{empty[0]}] is empty: there is nothing to weigh")
+    weight = model.language_model.model.embed_tokens.weight
+    batch, text = batch.to(weight.device), model.config.text
+    read = batch.ids.shape[1]
+    longest = max(map(len, answers), default=0)
+    if longest > room(read, text.max_position_embeddings):
+        raise InputError(
+            f"an answer of {longest} tokens behind a prompt of {read} is more than the model's"
+            f" context holds: {text.max_position_embeddings}"
+        )
+    prompt = KVCache(text, 1, read, weight.device, weight.dtype)
+    found: list[list[float]] = []
+    with torch.inference_mode():
+        x = model.embed(batch.ids, batch.mel, batch.conv_frames)
+        first = model.decode(x, cache=prompt, last_only=True)  # (1, 1, V)
+        for some in (answers[i : i + TOGETHER] for i in range(0, len(answers), TOGETHER)):
+            most = max(map(len, some))
+            ids = torch.tensor(
+                [[*answer, *[0] * (most - len(answer))] for answer in some], device=weight.device
+            )
+            logits = first.expand(len(some), -1, -1)
+            if most > 1:  # what stands behind a shorter answer is read by nobody
+                cache = KVCache(text, len(some), read + most - 1, weight.device, weight.dtype)
+                cache.take(prompt, read)
+                x = model.language_model.model.embed_tokens(ids[:, :-1])
+                logits = torch.cat((logits, model.decode(x, cache=cache)), 1)
+            weights = [
+                log_probabilities(row, own, 0)[0] for row, own in zip(logits, ids, strict=True)
+            ]
+            found += [
+                one[: len(answer)].tolist() for one, answer in zip(weights, some, strict=True)
+            ]
+    return found

@@ -13,7 +13,7 @@ import torch
 from qwen2audio_core import chat, tiny
 from qwen2audio_core.assistant import Assistant, StopWriter, change, load, user_turn
 from qwen2audio_core.errors import AudioError, InputError, Notice, PromptError
-from qwen2audio_core.generate import Generation, generate
+from qwen2audio_core.generate import TOGETHER, Generation, generate, likelihoods
 from qwen2audio_core.sampling import Settings
 
 
@@ -82,6 +82,35 @@ def test_log_probabilities_are_those_of_the_whole_text_read_at_once(assistant):
         Generation(assistant.model, batch, settings, logprobs=-1)
     reply = assistant.stream_prompts([prompt], max_new_tokens=4, logprobs=0).finished()[0]
     assert len(reply.logprobs) == len(reply.ids) == 4 and reply.logprobs[0].top == []
+
+
+def test_answers_that_it_did_not_write_are_weighed(assistant):
+    """As the whole text read at once gives them; also of one token, and more than go together."""
+    prompt = assistant.encode([user_turn("a", noise())])
+    batch = chat.collate([prompt], 0)
+    texts = ["A dog.", "x", "A dog is barking in the yard<|im_end|>", "猫"] * 3
+    found = assistant.score(prompt, texts)
+    assert len(found) == 12 > TOGETHER and found[:2] == found[4:6]
+    for text, weights in zip(texts[:4], found, strict=False):
+        ids = assistant.tokenizer.encode(text, special=True)
+        with torch.inference_mode():
+            whole = torch.tensor([prompt.ids + ids])
+            logits = assistant.model(whole, batch.mel, batch.conv_frames)[0, len(prompt.ids) - 1 :]
+        expected = logits[:-1].log_softmax(-1)[range(len(ids)), ids]
+        assert weights == pytest.approx(expected.tolist(), abs=1e-4)
+        assert assistant.score(prompt, [ids]) == [pytest.approx(weights, abs=1e-5)]
+    (reply,) = assistant.stream_prompts([prompt], max_new_tokens=4, logprobs=0).finished()
+    written = [likelihood.logprob for likelihood in reply.logprobs]
+    assert assistant.score(prompt, [reply.ids]) == [pytest.approx(written, abs=1e-4)]
+    raw = assistant.encode_raw("Say:")
+    assert len(assistant.score(raw, ["no clip"])[0]) == len(assistant.tokenizer.encode("no clip"))
+    assert assistant.score(prompt, []) == []
+    with pytest.raises(InputError, match=r"answers\[1\] is empty"):
+        assistant.score(prompt, ["a", ""])
+    with pytest.raises(InputError, match="is more than the model's context holds: 8192"):
+        assistant.score(prompt, [[1] * 8192])
+    with pytest.raises(InputError, match="this batch has 2"):
+        likelihoods(assistant.model, chat.collate([prompt] * 2, 0), [[1]])
 
 
 def test_the_prompt_does_not_count_and_the_context_does(assistant):
