@@ -116,6 +116,20 @@ def check_local(source: str) -> None:
         raise _unopened(name, error) from error
 
 
+def stated_seconds(source: str) -> float | None:
+    """How long a file on this machine is, as its head says; None where it says nothing of use. That
+    it can be read at all, and to its end, is another question."""
+    if "://" in source or source.startswith("data:"):
+        return None
+    try:
+        import soundfile
+
+        head = soundfile.info(source)
+    except (ImportError, RuntimeError, OSError, ValueError):
+        return None
+    return head.frames / head.samplerate if 0 < head.frames < 2**40 else None
+
+
 def _place(source: str | os.PathLike[str], name: str) -> tuple[str, str]:
     """A URL's scheme, "" for a path, and where that leads: a path for "file", else the source."""
     path = os.fspath(source)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from training_rows import chat_row, official_rows, tone, write_lines
 
-from qwen2audio_core import tiny
+from qwen2audio_core import audio, audio_files, tiny
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.frontend import clip_lengths, log_mel, mel_edges
 from qwen2audio_core.tokenizer import Tokenizer
@@ -182,11 +182,12 @@ def test_a_pair_is_as_long_as_its_longer_answer(tokenizer, clips) -> None:
         chat = chat_row([], ["right"], rejected_response=rejected)
         plain = {"prompt": "Question 0?", "gt": "right", "rejected": rejected}
         for raw in (chat, plain):
-            assert row_of(raw, clips).characters == len("Question 0?") + length
+            assert row_of(raw, clips).size == len("Question 0?") + length
     rows = [chat_row([], ["a"], rejected_response="word " * 80)] * 16
     found = Rows([write_lines(clips / "long.jsonl", rows)])
     most = max(len(batch) for batch in plan(found, 0, batch_seconds=9.0, batch_tokens=600))
     assert most * (400 / 3 + 8) <= 600
+    assert row_of({"prompt": "x", "gt": "ሰላም"}, clips).size == 10  # bytes, of which BPE has merges
 
 
 def test_clips_stand_in_audio_or_in_audios(tokenizer, clips) -> None:
@@ -330,6 +331,8 @@ BROKEN = [
     ("[]", "expected an object"),
     ({"text": "x"}, "unknown form, found text"),
     ({"audio": "a.wav", "prompt": "x", "gt": ""}, "gt is empty"),
+    ({"audio": "a.wav", "prompt": "x", "gt": " \n"}, "gt is empty"),
+    ({**chat_row([], ["x"]), "label": False}, "label is false"),
     ({"audio": "a.wav", "gt": "x"}, "prompt is missing"),
     ({"audio": 3, "prompt": "x", "gt": "y"}, "audio is 3"),
     ({"audio": "a.wav", "prompt": "x", "gt": "y", "seconds": "1"}, "seconds is '1'"),
@@ -353,6 +356,25 @@ def test_a_bad_row_is_named_and_the_others_stay(raw, why, clips) -> None:
     assert rows.bad[0].startswith(f"{file}:2: ") and why in rows.bad[0], rows.bad
     assert "\n" not in rows.bad[0]
     assert rows[1].where == f"{file}:3"
+
+
+def test_a_worse_answer_in_the_official_form_has_either_name(clips) -> None:
+    for key in ("rejected", "rejected_response"):
+        assert row_of({"prompt": "x", "gt": "good", key: "bad"}, clips).rejected == "bad"
+    assert row_of({**chat_row([], ["x"]), "label": True}, clips).messages
+
+
+def test_a_file_s_head_says_how_long_it_is(clips, monkeypatch) -> None:
+    """Nothing is decoded for the index, unless the head is no help; then what is wrong is said."""
+    row = {"audio": "a.wav", "prompt": "x", "gt": "y"}
+    (clips / "bad.wav").write_text("no sound")
+    decoded: list[str] = []
+    load = audio.load
+    monkeypatch.setattr(audio, "load", lambda clip: decoded.append(clip) or load(clip))
+    rows = Rows([write_lines(clips / "heads.jsonl", [row, {**row, "audio": "bad.wav"}])])
+    assert rows.seconds.tolist() == pytest.approx([len(load(str(clips / "a.wav"))) / 16_000])
+    assert decoded == [str(clips / "bad.wav")] and "bad.wav" in rows.bad[0]
+    assert audio_files.stated_seconds("https://host/a.wav") is None
 
 
 def test_faults_found_on_reading_are_named_and_counted(tokenizer, clips) -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from training_rows import chat_row, checkpoint, official_rows, settings, tone, write_lines
 
 from qwen2audio_core import assistant, cli, install, quantize, saving
+from qwen2audio_core import generate as generation
 from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.training import checkpoint as saved
 from qwen2audio_core.training import loop, losses, parallel, report
@@ -293,8 +295,17 @@ def test_the_rate_rises_and_falls(base, data, tmp_path) -> None:
     for step in range(101):
         run.progress.step = step
         rates.append(run._set_rate(step / 100))
-    assert rates[0] == pytest.approx(0.1, abs=1e-3) and max(rates) == max(rates[8:12])
-    assert rates[50] == pytest.approx(0.1 + 0.9 * 0.5) and rates[100] == pytest.approx(0.1)
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    half = math.cos(math.pi * (50 - 9) / (100 - 9))  # down from where the last rise was
+    assert rates[50] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + half))
+    assert rates[100] == pytest.approx(0.1) and rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_a_rate_that_is_not_reached_is_told(base, data, tmp_path, capfd) -> None:
+    a_run(base, [data], tmp_path, steps=30, warmup=30)
+    assert "the rate rises for 30 steps, and 30 are all there are" in capfd.readouterr().err
+    a_run(base, [data], tmp_path, steps=30, warmup=29)
+    assert "rate rises" not in capfd.readouterr().err
 
 
 # Preference
@@ -510,6 +521,58 @@ def test_going_on_says_what_is_different(base, data, pairs, tmp_path, capfd) -> 
     assert f"which read {data}, not {data}@2" in said and "nothing is trained" not in said
     with pytest.raises(InputError, match=r"is of --stage .*, not dpo: choose another --out"):
         loop.train(settings(base, [pairs], out, steps=3, stage="dpo"))
+    a_run(base, [data + "@2"], out, lr=0.5, seed=7, augment=Augment(noise=0.1))
+    said = capfd.readouterr().err
+    assert "lr was 0.01 and is 0.5" in said and "seed was 0 and is 7" in said
+    assert "augment was speed 0.0, noise 0.0, " in said and "steps was" not in said
+    assert "weight_decay was" not in said and "have changed" not in said
+
+
+def test_going_on_with_other_rows_in_the_same_file_is_told(base, data, tmp_path, capfd) -> None:
+    rows = official_rows(tmp_path, 6)
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    a_run(base, [file], tmp_path / "run").save()
+    write_lines(tmp_path / "rows.jsonl", rows[:3])
+    a_run(base, [file], tmp_path / "run")
+    assert "whose data had 6 rows and have changed since" in capfd.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_another_model_or_other_parts_of_it(base, data, tmp_path) -> None:
+    """Nothing that was trained may be lost, or stand over weights that it was not trained on."""
+    full, adapted = {"out": tmp_path / "full"}, {"out": tmp_path / "lora", "adapter": Adapter()}
+    for kept in (full, adapted):
+        a_run(base, [data], **kept).save()
+    other = checkpoint(tmp_path / "other")
+    queries = Adapter(patterns=("language_model.*.q_proj",))
+    for kept, more, said in (
+        (full, {"freeze": ("audio_tower.*",)}, r"with freeze none, not audio_tower\.\*: choose"),
+        (full, {"mean_over": "rows"}, "with mean_over tokens, not rows"),
+        (adapted, {"adapter": Adapter(alpha=1)}, "alpha 16.0, .*, not rank 8, alpha 1"),
+        (adapted, {"adapter": queries}, "with adapter .*, not .*q_proj: choose"),
+    ):
+        with pytest.raises(InputError, match=said) as caught:
+            a_run(base, [data], **{**kept, **more})
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"with model .*/base.*, not .*/other: choose"):
+        a_run(other, [data], **full)
+    a_run(str(Path(base) / ".." / Path(base).name), [data], **full)  # the same by another name
+    # One from before the settings stood in it: what was trained is still not given up.
+    for place in saved.checkpoints(tmp_path / "full"):
+        told = json.loads((place / "progress.json").read_text())
+        del told["settings"]
+        (place / "progress.json").write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match=r"it has trained audio_tower.*, and this run leaves"):
+        a_run(base, [data], tmp_path / "full", freeze=("audio_tower.*",))
+
+
+def test_a_result_that_was_taken_away_is_written_again(base, data, tmp_path) -> None:
+    chosen = settings(base, [data], tmp_path / "run", steps=2)
+    result = loop.train(chosen)
+    before = load_model(result).state_dict()
+    shutil.rmtree(result)
+    assert loop.train(chosen) == result
+    after = load_model(result).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_codes_are_not_trained(base, data, tmp_path) -> None:
@@ -564,12 +627,18 @@ def test_parts_without_a_gradient_so_far_go_on_as_well(base, data, tmp_path) -> 
 
 def test_a_checkpoint_of_another_shape_is_refused_in_one_line(base, data, tmp_path) -> None:
     a_run(base, [data], tmp_path).save()
+    (place,) = saved.checkpoints(tmp_path)
+    told = json.loads((place / "progress.json").read_text())
+    del told["settings"]  # as before they stood there
+    (place / "progress.json").write_text(json.dumps(told))
     with pytest.raises(CheckpointError, match="does not fit this run") as caught:
         a_run(base, [data], tmp_path, adapter=Adapter())
     assert "\n" not in str(caught.value)
 
 
-def test_a_gradient_that_is_no_number_is_skipped_and_ten_are_an_error(base, data, tmp_path) -> None:
+def test_a_gradient_that_is_no_number_is_skipped_and_ten_are_an_error(
+    base, data, tmp_path, capfd
+) -> None:
     run = a_run(base, [data], tmp_path)
     batch = batch_of(run, [0])
     batch.mel.fill_(math.nan)
@@ -577,8 +646,15 @@ def test_a_gradient_that_is_no_number_is_skipped_and_ten_are_an_error(base, data
     for _ in range(9):
         run.step([batch], 0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, run.trained, strict=True))
+    assert "step 0: the gradient is not finite, nothing is changed" in capfd.readouterr().err
+    run.save()
+    assert not run.result.exists() and not saved.checkpoints(tmp_path)  # nor is anything kept
     with pytest.raises(InputError, match="not been finite for 10 steps"):
         run.step([batch], 0.0)
+    figures = {"loss": math.nan, "audio_seconds": 1.0, "tokens": 1, "lr": 0.1, "step_seconds": 1.0}
+    run.report.step({"step": 1, "seconds": 1.0}, figures, 1.0)
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["loss"] is None and "NaN" not in line
 
 
 def test_batches_without_a_usable_row_are_passed_over(base, tmp_path, capfd) -> None:
@@ -596,10 +672,58 @@ def test_batches_without_a_usable_row_are_passed_over(base, tmp_path, capfd) -> 
     end = met.index(5, met.index(5) + 1) + 1  # two steps are two meetings with the good row
     assert run.progress.step == 2 and run.progress.bad == end - 2
     assert run.progress.epoch * 6 + run.progress.batch == end
-    assert capfd.readouterr().err.count("gone.wav") == end - 2
+    assert capfd.readouterr().err.count("gone.wav") == 5  # each once, in two epochs
     write_lines(tmp_path / "rows.jsonl", rows[:5])
     with pytest.raises(InputError, match=r"an epoch hold no row that can be used: .*:\d: .*gone"):
         a_run(base, [file], tmp_path / "none", steps=2, batch_seconds=0.1).go()
+
+
+def test_what_cannot_be_measured_is_no_perfect_score(base, data, tmp_path, capfd) -> None:
+    rows = [{**row, "audio": "gone.wav"} for row in official_rows(tmp_path, 2)]
+    valid = write_lines(tmp_path / "valid.jsonl", rows)
+    loop.train(settings(base, [data], tmp_path / "run", steps=1, valid=valid, samples=2))
+    assert "none of its rows can be used, nothing is measured" in capfd.readouterr().err
+    lines = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    assert not any("valid_loss" in line for line in lines)
+
+
+def test_measuring_keeps_to_the_limits_of_a_batch(base, data, tmp_path, monkeypatch) -> None:
+    run = a_run(base, [data], tmp_path, valid=data, batch_seconds=2.0, samples=9)
+    asked: list[list[int]] = []
+    load, write = type(run.valid).__getitem__, report.generate
+    monkeypatch.setattr(
+        type(run.valid), "__getitem__", lambda self, item: asked.append(item[1]) or load(self, item)
+    )
+    written: list[tuple[int, int]] = []
+
+    def generate(model, batch, settings):
+        written.append((len(batch.ids), settings.max_new_tokens))
+        return write(model, batch, settings)
+
+    monkeypatch.setattr(report, "generate", generate)
+    run.evaluate()
+    seconds = run.valid.rows.seconds
+    assert sorted(number for batch in asked for number in batch) == list(range(24))
+    assert all(float(seconds[batch].max()) * len(batch) <= 2.0 for batch in asked)
+    assert len(asked) > 4 and sum(count for count, _ in written) == 8 and len(written) > 1
+    assert {most for _, most in written} == {64}
+
+
+def test_a_long_transcript_has_room_to_be_written(base, data, tmp_path, monkeypatch) -> None:
+    run = a_run(base, [data], tmp_path)
+    row = {**official_rows(tmp_path, 1)[0], "gt": "abc " * 30}
+    rows = loop.Rows([write_lines(tmp_path / "long.jsonl", [row])])
+    examples, _ = loop.Loader(rows, run.tokenizer, num_mel_bins=128).examples([0])
+    begin, end = examples[0].answers[0]
+    assert end - begin > 64
+    model = run.trainee.model.eval()
+
+    def perfect(model, batch, settings):
+        return [generation.Answer(examples[0].ids[begin:end][: settings.max_new_tokens])]
+
+    monkeypatch.setattr(report, "generate", perfect)
+    found = report.samples(model, run.tokenizer, [examples])
+    assert found["exact"] == 1 and found["cer"] == 0
 
 
 def test_bad_rows_to_measure_on_are_named(base, data, tmp_path, capfd) -> None:

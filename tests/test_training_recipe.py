@@ -1,6 +1,8 @@
 """docs/finetune.md as a person follows it, and the other ways to look at a data set."""
 
+import errno
 import json
+import os
 import random
 import re
 import shlex
@@ -195,11 +197,11 @@ def test_texts_and_clips_without_the_other_are_named(tmp_path) -> None:
         (folder / name).with_suffix(".txt").write_text("eins\n")
     said: list[str] = []
     found = list(rows_from_folder(folder, "x", "asr", said.append))
-    assert [Path(row["audio"]).name for row in found] == ["a.wav", "b.oga", "c.AIFF", "d.flac"]
+    assert [Path(row["audio"]).name for row in found] == ["a.wav", "c.AIFF", "d.flac"]
     assert said == [
         f"{folder}: left out, 4 .txt without a clip of the same name: e.txt, f.txt, g.txt"
         " and 1 more",
-        f"{folder}: 1 clips over 30 s, which training leaves out, cut them into pieces: b.oga",
+        f"{folder}: left out, 1 clips over 30 s, cut them into pieces: b.oga",
     ]
 
 
@@ -229,6 +231,62 @@ def test_a_folder_that_makes_no_rows_is_one_line(run, tmp_path) -> None:
     )
 
 
+def test_what_real_folders_hold(run, tmp_path) -> None:
+    """macOS's own files, endings in capitals, lines, one text for two clips, names of other days,
+    and clips that cannot be heard, all of which are counted at once."""
+    folder = tmp_path / "clips"
+    (folder / "__MACOSX").mkdir(parents=True)
+    for name in ("._a.wav", "__MACOSX/a.wav"):
+        (folder / name).write_bytes(b"x")
+    tone(folder / "a.wav", 300, 0.5)
+    (folder / "a.TXT").write_bytes("\ufeffeins\r\nzwei \n".encode())
+    (row,) = rows_from_folder(folder, "x", "asr", print)
+    assert row["gt"] == "eins zwei" and Path(row["audio"]).name == "a.wav"
+
+    tone(folder / "b.wav", 300, 0.01)
+    (folder / "c.wav").write_text("no sound")
+    for name in "bc":
+        (folder / f"{name}.txt").write_text("x")
+    with pytest.raises(InputError, match=r"b\.wav: too short to be heard; and 1 more cannot be"):
+        list(rows_from_folder(folder, "x", "asr", print))
+    tone(folder / "b.flac", 300, 0.5)
+    (folder / "c.txt").write_bytes("zwölf".encode("utf-16-le"))
+    name = os.fsdecode(b"stra\xdfe.wav")
+    try:
+        tone(folder / "d.wav", 300, 0.5)
+        os.rename(folder / "d.wav", folder / name)
+    except OSError:
+        name = ""  # a disk that takes UTF-8 alone
+    with pytest.raises(InputError) as caught:
+        list(rows_from_folder(folder, "x", "asr", print))
+    said = str(caught.value)
+    assert "2 with a clip of the same name: b.flac, b.wav" in said
+    assert "1 with a text that is not UTF-8: c.txt" in said
+    assert not name or "1 with a name that is not UTF-8: stra" in said
+    assert said.encode()
+
+
+def test_rows_on_a_full_disk_leave_nothing(run, tmp_path, monkeypatch) -> None:
+    folder, out = tmp_path / "clips", tmp_path / "data"
+    folder.mkdir()
+    for name in "abc":
+        tone(folder / f"{name}.wav", 300, 0.5)
+        (folder / f"{name}.txt").write_text("x")
+    real = Path.write_text
+
+    def full(path: Path, *args, **kwargs) -> int:
+        if path.name.startswith("valid"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    said = run("rows", folder, "--out", out, code=2)
+    assert said == f"error: {out}/valid.jsonl: cannot write it (No space left on device)\n"
+    assert list(out.iterdir()) == []
+    monkeypatch.undo()
+    assert "train.jsonl" in run("rows", folder, "--out", out)
+
+
 def test_statistics_count_what_is_there(base, tmp_path) -> None:
     rows = official_rows(tmp_path, 5)
     clip = tone(tmp_path / "c.wav", 300, 1.0)
@@ -254,6 +312,14 @@ def test_a_check_that_finds_bad_rows_ends_with_2(base, run, tmp_path) -> None:
     printed = run("train", file, "--model", base, "--check", "--show", 1, code=2)
     assert "3 good, 1 bad" in printed and "<|audio_eos|>" in printed
     assert printed.endswith("error: bad rows: 1; training would leave them out\n")
+
+
+def test_a_check_compares_what_rows_say_of_their_length(base, run, tmp_path) -> None:
+    rows = official_rows(tmp_path, 3)
+    rows[1]["seconds"] = 29999
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    said = run("train", file, "--model", base, "--check", code=2)
+    assert f"bad  {file}:2: seconds is 29999, the clips have 0.37" in said
 
 
 def test_a_check_reads_the_rows_to_measure_on_too(base, run, tmp_path) -> None:
@@ -393,7 +459,21 @@ def test_options_that_do_not_go_together_are_one_line(base, run, tmp_path) -> No
     for words, why in (
         ([], "say when the run ends"),
         (["--steps", 1, "--target", "x"], "give --lora with it"),
+        (["--steps", 1, "--rank", 64], "--rank is of adapters: give --lora"),
+        (["--steps", 1, "--alpha", 8], "--alpha is of adapters: give --lora"),
+        (["--steps", 1, "--dropout", 0.1], "--dropout is of adapters: give --lora"),
         (["--steps", 1, "--lr", 0], "lr is 0"),
+        (["--steps", 1, "--lr", "inf"], "lr is inf"),
+        (["--steps", 1, "--workers", -1], "workers is -1, it must be at least 0"),
+        (["--steps", 1, "--warmup", -5], "warmup is -5"),
+        (["--steps", 1, "--weight-decay", -1], "weight_decay is -1"),
+        (["--steps", 1, "--ctc-weight", "nan"], "ctc_weight is nan"),
+        (["--steps", 1, "--floor", 7], "floor is 7.0, it must be 0 to 1"),
+        (["--steps", 1, "--noise", 5], "noise is 5.0, it must be 0 to 1"),
+        (["--steps", 1, "--speed", 1.5], "speed is 1.5"),
+        (["--steps", 1, "--voice", -1], "voice is -1"),
+        (["--steps", 1, "--eval-rows", 0], "eval_rows is 0"),
+        (["--steps", 1, "--seed", 10**14], "seed is 100000000000000, it must be 0 to"),
         (["--steps", 1, "--device", "tpu"], "device 'tpu'"),
         (["--steps", 1, "--listen-steps", 5], "needs an auxiliary loss"),
         (["--steps", 1, "--listen-steps", 5, "--stage", "dpo"], "listen_steps is for pretrain"),

@@ -102,6 +102,13 @@ def load(place: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group:
         missing = [name for name in state["model"] if f"model.{name}" not in stored]
         if missing:
             raise ValueError(f"it has no {missing[0]}")
+        mine = {f"model.{name}" for name in state["model"]}
+        more = sorted(
+            name for name in stored if name.startswith("model.model.") and name not in mine
+        )
+        if more:  # it would be lost
+            name = more[0].removeprefix("model.model.")
+            raise ValueError(f"it has trained {name}, and this run leaves that as it was")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             # Partial: what has never had a gradient has no moments in the file.
@@ -138,4 +145,9 @@ def _reason(error: BaseException) -> str:
         error = first[0] if isinstance(first, tuple) else first
     while error.__cause__ is not None:
         error = error.__cause__
+    chain: BaseException | None = error
+    while chain is not None:  # the writer's own error comes of the disk's, and says nothing of it
+        if isinstance(chain, OSError) and chain.strerror:
+            return chain.strerror
+        chain = chain.__context__
     return (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -43,7 +43,9 @@ def train(
         float | None, typer.Option(min=0.001, help="End after so many minutes.")
     ] = None,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-4,
-    warmup: Annotated[int, typer.Option(help="Steps until it is reached.")] = 100,
+    warmup: Annotated[
+        int, typer.Option(help="Steps until it is reached, in a line; then down as a cosine.")
+    ] = 100,
     floor: Annotated[float, typer.Option(help="Rate at the end, as a part of the highest.")] = 0.0,
     weight_decay: Annotated[float, typer.Option(help="Of all matrices.")] = 0.01,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
@@ -53,16 +55,18 @@ def train(
     lora: Annotated[
         bool, typer.Option("--lora", help="Train adapters alone; the result is in PEFT's format.")
     ] = False,
-    rank: Annotated[int, typer.Option(help="Of the adapters.")] = 8,
-    alpha: Annotated[float, typer.Option(help="The adapters are scaled by alpha / rank.")] = 16.0,
-    dropout: Annotated[float, typer.Option(help="Of the adapters' input.")] = 0.0,
+    rank: Annotated[int | None, typer.Option(help="Of the adapters; default 8.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="The adapters are scaled by alpha / rank; default 16.")
+    ] = None,
+    dropout: Annotated[float | None, typer.Option(help="Of the adapters' input.")] = None,
     target: Annotated[
         list[str] | None,
         typer.Option(help="Linear layers to adapt, module paths with *; default: the LLM's."),
     ] = None,
     freeze: Annotated[
         list[str] | None,
-        typer.Option(help='Parameters to leave as they are, with *: "audio_tower.*".'),
+        typer.Option(help="Parameters to leave as they are: audio_tower.* and the like."),
     ] = None,
     mean_over: Annotated[
         Literal["tokens", "rows"],
@@ -140,10 +144,17 @@ def train(
         rows.weighted(file)  # a file that is missing is the first thing to say
     if lora:
         adapter = adapters.Settings(
-            rank, alpha, dropout, tuple(target) if target else adapters.LANGUAGE_MODEL
+            8 if rank is None else rank,
+            16.0 if alpha is None else alpha,
+            dropout or 0.0,
+            tuple(target) if target else adapters.LANGUAGE_MODEL,
         )
     elif target:
         raise InputError("--target names layers to adapt: give --lora with it")
+    else:
+        for name, value in (("rank", rank), ("alpha", alpha), ("dropout", dropout)):
+            if value is not None:
+                raise InputError(f"--{name} is of adapters: give --lora with it")
     settings = loop.Settings(
         model=model,
         data=data,
@@ -238,20 +249,34 @@ def rows(
                 f"{file}: is there already; choose another folder, or replace it with --overwrite"
             )
     found = list(rows_from_folder(Path(folder), prompt, source, note))
+    if not found:
+        raise InputError(f"{folder}: no clip of at most 30 s")
     random.Random(seed).shuffle(found)
     held = round(valid_part * len(found))
     if valid_part and len(found) > 1:
         held = max(1, held)  # of few clips too there is something to measure on
     held = min(held, len(found) - 1)
     Path(out).mkdir(parents=True, exist_ok=True)
-    for file, part in zip(files, (found[held:], found[:held]), strict=True):
-        if not part:
-            file.unlink(missing_ok=True)  # one of before, whose rows may be among those to train on
-            continue
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in part)
-        file.write_text("".join(lines), encoding="utf-8")
-        hours = sum(row["seconds"] for row in part) / 3600
-        typer.echo(f"{file}  {len(part)} rows, {hours:.2f} h")
+    parts = list(zip(files, (found[held:], found[:held]), strict=True))
+    aside = [file.with_suffix(".part") for file in files]
+    try:
+        for (file, part), path in zip(parts, aside, strict=True):  # noqa: B007
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in part)
+            path.write_text("".join(lines), encoding="utf-8")
+        for (file, part), path in zip(parts, aside, strict=True):
+            if part:
+                path.replace(file)
+            else:
+                file.unlink(missing_ok=True)  # one of before, whose rows may be among the others
+    except OSError as error:
+        raise InputError(f"{file}: cannot write it ({error.strerror})") from error
+    finally:
+        for path in aside:
+            path.unlink(missing_ok=True)
+    for file, part in parts:
+        if part:
+            hours = sum(row["seconds"] for row in part) / 3600
+            typer.echo(f"{file}  {len(part)} rows, {hours:.2f} h")
 
 
 def merge(

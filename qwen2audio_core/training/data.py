@@ -2,10 +2,10 @@
 
     file --scan--> index of rows --plan--> batches of row numbers --encode, collate--> Batch
 
-Only the index is in memory: where each row lies, how many seconds and characters it holds. Rows are
-read when their batch is due. Which rows form which batch, and every random change to them, follows
-from the seed, the epoch and the batch's number alone, so a resumed run meets the same batches,
-whatever the number of processes that prepare them (to rounding: each has one thread).
+Only the index is in memory: where each row lies, how many seconds and bytes of text it holds. Rows
+are read when their batch is due. Which rows form which batch, and every random change to them,
+follows from the seed, the epoch and the batch's number alone, so a resumed run meets the same
+batches, whatever the number of processes that prepare them (to rounding: each has one thread).
 
 A file holds one row a line, or is one JSON array of rows (LLaMA-Factory). A row may have any
 of these forms:
@@ -33,6 +33,7 @@ clip while the index is made; "source" or "task" names where a row comes from.
 
 import codecs
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -92,11 +93,14 @@ class Row:
         return " ".join("".join(c if c.isalnum() else " " for c in text).split())
 
     @property
-    def characters(self) -> int:
-        """Of the longer of two answers."""
+    def size(self) -> int:
+        """Bytes of its texts, with the longer of two answers."""
         texts = [self.prompt, self.answer, *(message["content"] for message in self.messages)]
         answer = self.messages[-1]["content"] if self.messages else self.answer
-        return sum(map(len, texts)) + max(0, len(self.rejected or "") - len(answer))
+        sizes = [
+            len(text.encode(errors="replace")) for text in (*texts, answer, self.rejected or "")
+        ]
+        return sum(sizes[:-2]) + max(0, sizes[-1] - sizes[-2])
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,11 @@ def parse(raw: Any, where: str, folder: Path) -> Row:
     source = _text(raw, "source", where, raw.get("task") or "")
     clips = _clips(raw, where, folder)
     _nothing_else_to_hear(raw, where, CLIPS)
+    if raw.get("label") is False:  # ms-swift's, for KTO
+        raise InputError(
+            f"{where}: label is false, and a bad answer is not learned by itself: pairs of a better"
+            " and a worse one are"
+        )
     seconds = raw.get("seconds")
     if not (seconds is None or (seconds == 0 and not clips)) and (
         not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds < 1e6
@@ -182,7 +191,7 @@ def parse(raw: Any, where: str, folder: Path) -> Row:
         return Row(clips, messages[:end], "", "", rejected, source, seconds, where, untaught)
     if "gt" in raw:
         prompt, answer = _text(raw, "prompt", where), _text(raw, "gt", where)
-        if not answer:
+        if not answer.strip():
             raise InputError(f"{where}: gt is empty, there is nothing to learn")
         if not clips and not prompt:
             raise InputError(f"{where}: neither audio nor prompt, there is nothing to answer")
@@ -192,7 +201,8 @@ def parse(raw: Any, where: str, folder: Path) -> Row:
                 " themselves: take it out"
             )
         _no_pictures(prompt, f"{where}: prompt")
-        rejected = _text(raw, "rejected", where) if raw.get("rejected") is not None else None
+        worse = [key for key in ("rejected", "rejected_response") if raw.get(key) is not None]
+        rejected = _text(raw, worse[0], where) if worse else None
         return Row(clips, [], prompt, answer, rejected, source, seconds, where)
     raise InputError(
         f"{where}: unknown form, found {', '.join(raw) or 'nothing'}; expected {SHAPES}"
@@ -367,7 +377,12 @@ def rows_from_folder(
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
-    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        # Not what macOS leaves beside the files it packs.
+        if not path.is_dir() and not path.name.startswith(".") and "__MACOSX" not in path.parts
+    )
     clips = [path for path in files if path.suffix.lower() in audio_files.SUFFIXES]
     if not clips:
         raise InputError(
@@ -375,9 +390,19 @@ def rows_from_folder(
         )
     texts: list[str] = []
     bad: dict[str, list[str]] = {}  # what is wrong, and with which files
+    owners = Counter(clip.with_suffix("") for clip in clips)
     for clip in clips:
         file = clip.with_suffix(".txt")
+        if not file.exists() and clip.with_suffix(".TXT").exists():
+            file = clip.with_suffix(".TXT")
         text, what, named = "", "an empty text", file
+        if owners[clip.with_suffix("")] > 1:
+            bad.setdefault("a clip of the same name", []).append(str(clip.relative_to(folder)))
+        if not _is_unicode(clip):
+            shown = os.fsencode(clip.name).decode(errors="replace")
+            bad.setdefault("a name that is not UTF-8", []).append(shown)
+            texts.append("")
+            continue
         try:
             text = file.read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
@@ -386,22 +411,39 @@ def rows_from_folder(
             what = "a text that is not UTF-8"
         except OSError as error:
             what = f"a text that cannot be read ({error.strerror})"
-        texts.append(text)
+        if "\0" in text:
+            text, what = "", "a text that is not UTF-8"
+        texts.append(" ".join(text.split()))
         if not text:
             bad.setdefault(what, []).append(str(named.relative_to(folder)))
     if bad:
         found = "; ".join(f"{len(names)} with {what}: {few(names)}" for what, names in bad.items())
         raise InputError(f"{folder}: of {len(clips)} clips, {found}")
-    used = {clip.with_suffix(".txt") for clip in clips}
-    alone = [path for path in files if path.suffix == ".txt" and path not in used]
+    used = {clip.with_suffix("") for clip in clips}
+    alone = [
+        path
+        for path in files
+        if path.suffix in (".txt", ".TXT") and path.with_suffix("") not in used
+    ]
     if alone:
         names = few([str(path.relative_to(folder)) for path in alone])
         notice(f"{folder}: left out, {len(alone)} .txt without a clip of the same name: {names}")
     long: list[str] = []
+    broken: list[str] = []
     for clip, text in zip(clips, texts, strict=True):
-        seconds = len(audio.load(str(clip))) / SAMPLE_RATE
+        try:
+            samples = len(audio.load(str(clip)))
+            if not clip_lengths(min(samples, MAX_SAMPLES)).audio_tokens:
+                raise InputError(f"{clip}: too short to be heard")
+        except InputError as error:
+            broken.append(str(error))
+            continue
+        seconds = samples / SAMPLE_RATE
         if seconds > MAX_SECONDS:
             long.append(str(clip.relative_to(folder)))
+            continue
+        if broken:
+            continue
         yield {
             "audio": str(clip.resolve()),
             "prompt": prompt,
@@ -409,11 +451,22 @@ def rows_from_folder(
             "source": source,
             "seconds": round(seconds, 3),
         }
+    if broken:
+        others = f"; and {len(broken) - 1} more cannot be read" if len(broken) > 1 else ""
+        raise InputError(f"{broken[0]}{others}")
     if long:
         notice(
-            f"{folder}: {len(long)} clips over {MAX_SECONDS} s, which training leaves out, cut them"
-            f" into pieces: {few(long)}"
+            f"{folder}: left out, {len(long)} clips over {MAX_SECONDS} s, cut them into pieces:"
+            f" {few(long)}"
         )
+
+
+def _is_unicode(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # Rows to examples
@@ -530,7 +583,7 @@ class Rows:
                     continue
                 if count_characters:
                     self.characters.update(row.transcript)
-                found = (number, offset, line, length, row.characters, len(content))
+                found = (number, offset, line, length, row.size, len(content))
                 for column, value in zip(columns, found, strict=True):
                     column.append(value)
         self._file = torch.tensor(columns[0], dtype=torch.int32)
@@ -538,11 +591,16 @@ class Rows:
         self._line = torch.tensor(columns[2], dtype=torch.int32)
         self._size = torch.tensor(columns[5], dtype=torch.int64)
         self.seconds = torch.tensor(columns[3], dtype=torch.float32)
-        # What a row costs in tokens: 25 a second, 3 characters each, and the template's own.
+        # What a row costs in tokens: 25 a second, 3 bytes each, and the template's own.
         self.tokens = self.seconds * 25 + torch.tensor(columns[4], dtype=torch.float32) / 3 + 8
 
     def __len__(self) -> int:
         return len(self._offset)
+
+    @property
+    def about(self) -> list[int]:
+        """How many rows, and of how many bytes: with other rows, very likely another pair."""
+        return [len(self), int(self._size.sum())]
 
     def __getitem__(self, i: int) -> Row:
         file = self.files[int(self._file[i])]
@@ -642,8 +700,12 @@ def _parsed(content: bytes, file: Path, line: int) -> Row:
 
 
 def _seconds(row: Row) -> float:
+    """Of the clips, as their files' heads say where they do: it is read when it is due."""
     try:
-        return sum(len(audio.load(clip)) for clip in row.clips) / SAMPLE_RATE
+        return sum(
+            audio_files.stated_seconds(clip) or len(audio.load(clip)) / SAMPLE_RATE
+            for clip in row.clips
+        )
     except InputError as error:
         raise InputError(f"{row.where}: {error}") from error
 
@@ -671,32 +733,41 @@ def plan(
     tokens = rows.tokens[numbers]
     noise = 1 + 0.1 * torch.rand(len(numbers), generator=generator)
     order = (tokens * noise).argsort()
-    batches: list[list[int]] = []
-    longest = most = 0.0
-    now: list[int] = []
-    for number, length, count in zip(
-        numbers[order].tolist(),
-        rows.seconds[numbers[order]].tolist(),
-        tokens[order].tolist(),
-        strict=True,
-    ):
-        longest, most = max(longest, length), max(most, count)
-        if (
-            now
-            and max(longest * (len(now) + 1) - batch_seconds, most * (len(now) + 1) - batch_tokens)
-            > 0
-        ):
-            batches.append(now)
-            now, longest, most = [], length, count
-        now.append(number)
-    if now:
-        batches.append(now)
+    batches = cut(
+        rows, numbers[order].tolist(), batch_seconds=batch_seconds, batch_tokens=batch_tokens
+    )
     batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
     if epoch == 0 and short_first:
         front = batches[:short_first]
         front.sort(key=lambda batch: float(rows.tokens[batch].mean()))
         batches[:short_first] = front
     return batches
+
+
+def cut(
+    rows: Rows,
+    numbers: Sequence[int],
+    *,
+    batch_seconds: float,
+    batch_tokens: float,
+    most: int | None = None,
+) -> list[list[int]]:
+    """Rows, in their order, to batches as large as the limits of `plan` and `most` rows allow."""
+    batches: list[list[int]] = []
+    longest = largest = 0.0
+    now: list[int] = []
+    chosen = torch.tensor(numbers, dtype=torch.long)
+    lengths, counts = rows.seconds[chosen].tolist(), rows.tokens[chosen].tolist()
+    for number, length, count in zip(numbers, lengths, counts, strict=True):
+        longest, largest = max(longest, length), max(largest, count)
+        size = len(now) + 1
+        if now and (
+            longest * size > batch_seconds or largest * size > batch_tokens or len(now) == most
+        ):
+            batches.append(now)
+            now, longest, largest = [], length, count
+        now.append(number)
+    return [*batches, now] if now else batches
 
 
 class Sounds:
@@ -770,6 +841,11 @@ class Augment:
     noise: float = 0.0
     masking: bool = False
     voice: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, most in (("speed", 0.9), ("noise", 1), ("voice", 0.9)):
+            if not 0 <= getattr(self, name) <= most:
+                raise InputError(f"{name} is {getattr(self, name)}, it must be 0 to {most}")
 
     def waveform(self, waveform: Tensor, generator: torch.Generator) -> Tensor:
         if self.speed:

@@ -64,6 +64,11 @@ def statistics(settings: Settings) -> tuple[str, int]:
         bad += faults
         for example in examples:
             seconds.append(sum(map(len, example.clips)) / 16_000)
+            told = example.row.seconds
+            if told is not None and abs(told - seconds[-1]) > 0.1 + 0.05 * seconds[-1]:
+                bad.append(
+                    f"{example.row.where}: seconds is {told}, the clips have {seconds[-1]:.2f}"
+                )
             tokens.append(len(example.ids))
             trained += sum(end - begin for begin, end in example.answers)
             turns += len(example.answers)

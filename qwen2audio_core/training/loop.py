@@ -2,12 +2,13 @@
 
 import copy
 import ctypes
+import json
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import islice
@@ -26,10 +27,20 @@ from qwen2audio_core.model import Qwen2Audio, splice
 from qwen2audio_core.terminal import note
 from qwen2audio_core.tokenizer import Tokenizer
 from qwen2audio_core.training import checkpoint, lora, losses, parallel, report
-from qwen2audio_core.training.data import Augment, Batch, Example, Loader, Rows, Sounds, plan
+from qwen2audio_core.training.data import (
+    Augment,
+    Batch,
+    Example,
+    Loader,
+    Rows,
+    Sounds,
+    cut,
+    plan,
+)
 from qwen2audio_core.training.parallel import Group
 
 Stage = Literal["pretrain", "sft", "dpo"]
+TOGETHER = 32  # rows that are measured on at once, at most
 
 
 @dataclass
@@ -92,9 +103,22 @@ class Settings:
             raise InputError(f"mean_over is {self.mean_over!r}, expected tokens or rows")
         if self.mean_over == "rows" and self.stage == "dpo":
             raise InputError("mean_over rows is for pretrain and sft: dpo's loss is of pairs")
-        for name in ("accumulate", "save_every", "keep", "eval_every"):
+        for name in ("lr", "clip", "batch_seconds", "batch_tokens"):
+            if math.isinf(getattr(self, name)):
+                raise InputError(f"{name} is {getattr(self, name)}, it must be a number")
+        for name in ("accumulate", "save_every", "keep", "eval_every", "eval_rows"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        for name in (
+            *("warmup", "weight_decay", "workers", "samples", "short_first", "listen_steps"),
+            *("ctc_weight", "sounds_weight", "attend_weight", "dpo_sft"),
+        ):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}, it must be at least 0")
+        if not 0 <= self.floor <= 1:
+            raise InputError(f"floor is {self.floor}, it must be 0 to 1")
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"seed is {self.seed}, it must be 0 to {2**31 - 1}")
         if self.sounds and self.augment.speed:
             raise InputError(
                 "clips of another speed have their sounds at other times: leave it out"
@@ -370,14 +394,53 @@ class Progress:
     tokens: int = 0
     bad: int = 0  # rows met that could not be used
     alphabet: str | None = None
+    warm: float = 0.0  # the part of the run at which the rate had risen
     stage: str = ""  # what it was and read, for a run that goes on otherwise
     data: list[str] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)  # data.Rows.about
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, place: Path) -> "Progress":
         known = {entry.name for entry in fields(cls)}
         found = checkpoint.read_progress(place)
         return cls(**{key: value for key, value in found.items() if key in known})
+
+
+# Of a run that goes on, these are what they were; and these are free to change, or tell elsewhere.
+FIXED = ("model", "adapter", "freeze", "mean_over")
+FREE = (
+    *("out", "data", "stage", "valid", "steps", "minutes", "workers", "device", "recompute"),
+    *("save_every", "keep", "eval_every", "eval_rows", "samples", "tensorboard", *FIXED),
+)
+
+
+def _check_same(before: dict[str, Any], settings: Settings, place: Path) -> None:
+    """InputError where a run would go on with another model, or with other parts of it."""
+    now = json.loads(json.dumps(asdict(settings)))
+    for name in FIXED:
+        was, is_ = before.get(name, now[name]), now[name]
+        if name == "model" and Path(was).exists() and Path(is_).exists():
+            was, is_ = str(Path(was).resolve()), str(Path(is_).resolve())
+        if was != is_:
+            raise InputError(
+                f"{place} is of a run with {name} {_short(was)}, not {_short(is_)}: choose another"
+                " --out, or give what it was"
+            )
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    for name, was in before.items():
+        if name not in FREE and name in now and now[name] != was:
+            yield f"{name} was {_short(was)} and is {_short(now[name])}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(one)}" for key, one in value.items())
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else f"{value}"
 
 
 class Run:
@@ -393,8 +456,16 @@ class Run:
             raise InputError(
                 f"{done[-1]} is of --stage {begun}, not {settings.stage}: choose another --out"
             )
-        before = self.progress.data or settings.data
-        self.progress.stage, self.progress.data = settings.stage, list(settings.data)
+        before = self.progress
+        if done:
+            _check_same(before.settings, settings, done[-1])
+        self.progress = replace(
+            before,
+            stage=settings.stage,
+            data=list(settings.data),
+            rows=rows.about,
+            settings=json.loads(json.dumps(asdict(settings))),
+        )
         if self.progress.alphabet is None:
             common = rows.characters.most_common(4000)
             self.progress.alphabet = "".join(sorted(character for character, _ in common))
@@ -433,8 +504,13 @@ class Run:
         if done:
             checkpoint.load(done[-1], self.trainee, self.optimizer, group)
             self.report.note(f"going on from {done[-1]}")
-            if before != settings.data:
-                self.report.note(f"which read {', '.join(before)}, not {', '.join(settings.data)}")
+            if before.data and before.data != settings.data:
+                told = f"which read {', '.join(before.data)}, not {', '.join(settings.data)}"
+                self.report.note(told)
+            elif before.rows and before.rows != rows.about:
+                self.report.note(f"whose data had {before.rows[0]:,} rows and have changed since")
+            for line in _changes(before.settings, self.progress.settings):
+                self.report.note(line)
             if settings.steps is not None and self.progress.step >= settings.steps:
                 self.report.note(f"which has all of --steps {settings.steps}: nothing is trained")
         self.report.forget_after(self.progress.step)
@@ -479,6 +555,11 @@ class Run:
             f" out, {float(self.rows.seconds.sum()) / 3600:.2f} h of audio;"
             f" {trained / 1e6:.2f} M of {everything / 1e6:.2f} M parameters are trained"
         )
+        if self.settings.steps is not None and self.settings.warmup >= self.settings.steps:
+            self.report.note(
+                f"the rate rises for {self.settings.warmup} steps, and {self.settings.steps} are"
+                f" all there are: {self.settings.lr:g} is not reached; lower --warmup"
+            )
         if self.valid is not None:
             good, bad = len(self.valid.rows), len(self.valid.rows.bad)
             self.report.note(f"to measure on: {good:,} rows, {bad:,} bad ones left out")
@@ -500,6 +581,8 @@ class Run:
                 self.evaluate()
             if progress.step % settings.save_every == 0 or part >= 1:
                 self.save()
+        if not self.result.exists():  # of a run that was over already
+            self._write_result()
         self.report.finish()
 
     def _next_step(self, batches: Iterator[Batch], part: float) -> dict[str, float]:
@@ -530,10 +613,15 @@ class Run:
         return self.group.from_first(min(1.0, max(parts)))
 
     def _set_rate(self, part: float) -> float:
-        settings = self.settings
-        shape = 0.5 * (1 + math.cos(math.pi * part))
-        shape = settings.floor + (1 - settings.floor) * shape
-        lr = settings.lr * shape * min(1.0, (self.progress.step + 1) / max(1, settings.warmup))
+        """Up in a line for the warm-up's steps, then down as half a cosine over what is left."""
+        settings, progress = self.settings, self.progress
+        if progress.step < settings.warmup:
+            progress.warm = part
+            lr = settings.lr * (progress.step + 1) / settings.warmup
+        else:
+            left = (part - progress.warm) / max(1e-9, 1 - progress.warm)
+            shape = 0.5 * (1 + math.cos(math.pi * left))
+            lr = settings.lr * (settings.floor + (1 - settings.floor) * shape)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
@@ -670,6 +758,9 @@ class Run:
             self._failures = 0
         else:
             self._failures += 1
+            self.report.note(
+                f"step {self.progress.step}: the gradient is not finite, nothing is changed"
+            )
             if self._failures == 10:
                 raise InputError(
                     f"the gradient has not been finite for 10 steps, the last is step"
@@ -704,30 +795,34 @@ class Run:
         rows = loader.rows
         generator = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(rows), generator=generator)[: settings.eval_rows].tolist()
-        chosen.sort(key=lambda i: float(rows.seconds[i]))
+        chosen.sort(key=lambda i: float(rows.tokens[i]))
+        limits = {"batch_seconds": settings.batch_seconds, "batch_tokens": settings.batch_tokens}
         self.trainee.eval()
         self.trainee.listening = False
         total, weight = 0.0, 0
-        for at in range(0, len(chosen), 32):
-            batch = loader[0, chosen[at : at + 32]]
+        for numbers in cut(rows, chosen, most=TOGETHER, **limits):
+            batch = loader[0, numbers]
             for line in batch.bad:
                 self.report.note(line)
             weight += self._weight(batch)
             with self._autocast():
                 total += float(self.trainee(batch.to(self.group.device))["loss"])
-        figures: dict[str, Any] = {"valid_loss": total / max(1, weight)}
+        figures: dict[str, Any] = {"valid_loss": total / weight} if weight else {}
+        if not weight:
+            self.report.note(f"{settings.valid}: none of its rows can be used, nothing is measured")
         # Writing needs the whole model on one process.
         if self.group.world == 1 and settings.samples:
             shown = chosen[:: -(-len(chosen) // settings.samples)] if chosen else []
-            examples, _ = loader.examples(shown)
-            figures |= self._samples(examples)
+            batches = cut(rows, shown, most=TOGETHER, **limits)
+            figures |= self._samples([loader.examples(numbers)[0] for numbers in batches])
         self.trainee.train()
         self.report.evaluation(asdict(self.progress), figures)
 
-    def _samples(self, examples: list[Example]) -> dict[str, Any]:
+    def _samples(self, batches: list[list[Example]]) -> dict[str, Any]:
         model = self.trainee.model
         assert isinstance(model, Qwen2Audio)
-        return report.samples(model, self.tokenizer, examples) if examples else {}
+        batches = [batch for batch in batches if batch]
+        return report.samples(model, self.tokenizer, batches) if batches else {}
 
     def save(self) -> None:
         """The result so far, then a checkpoint to go on from.
@@ -736,6 +831,8 @@ class Run:
         result again; the other way round it would be over without one.
         """
         settings, group = self.settings, self.group
+        if self._failures:
+            return  # what may be ruined takes no place of what is whole
         self.out.mkdir(parents=True, exist_ok=True)
         self._write_result()
         checkpoint.save(

@@ -1,6 +1,7 @@
 """What a person sees of a run: a line of figures, a jsonl log, curves, and answers to read."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ class Report:
         self.out, self.quiet = out, quiet
         self._recent: list[dict[str, float]] = []
         self._shown = time.perf_counter()
+        self._told: set[str] = set()
         self._board: Any = None
         if tensorboard and not quiet:
             self._board = _board(out)
@@ -37,8 +39,10 @@ class Report:
             self.warn(line)
 
     def warn(self, line: str) -> None:
-        """A note from any process: each of them meets other rows."""
-        print(line, file=sys.stderr, flush=True)
+        """A note from any process: each of them meets other rows. Once: they come every epoch."""
+        if line not in self._told:
+            self._told.add(line)
+            print(line, file=sys.stderr, flush=True)
 
     def step(self, progress: dict[str, Any], figures: dict[str, float], part: float) -> None:
         """Called after every step; writes the mean of the steps since the last line."""
@@ -81,6 +85,10 @@ class Report:
         if self.quiet:
             return
         known = {key: value for key, value in progress.items() if isinstance(value, (int, float))}
+        figures = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in figures.items()
+        }
         line = json.dumps({"kind": kind, **known, **figures}, ensure_ascii=False)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -115,15 +123,24 @@ class Report:
             ):  # the line that was being written when the run was killed
                 continue
         part = path.with_suffix(".part")
-        part.write_text("".join(kept), encoding="utf-8")
-        part.replace(path)
+        try:
+            part.write_text("".join(kept), encoding="utf-8")
+            part.replace(path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise CheckpointError(f"{path}: cannot write it ({error.strerror})") from error
 
     def finish(self) -> None:
         if self._board is not None:
             self._board.close()
-        if not self.quiet and plot(self.out) is None:
-            file = self.out / "loss.png"
-            self.note(f"{file} was not drawn, that needs matplotlib: {install.extra('train')}")
+        if self.quiet or not (self.out / LOG).exists():
+            return
+        file = self.out / "loss.png"
+        try:
+            if plot(self.out) is None:
+                self.note(f"{file} was not drawn, that needs matplotlib: {install.extra('train')}")
+        except OSError as error:  # all that was trained is written
+            self.note(f"{file} was not drawn ({error.strerror or error})")
 
 
 def _board(out: Path, forgotten: int | None = None) -> Any:
@@ -154,13 +171,16 @@ def plot(out: Path) -> Path | None:
         ("valid", "valid_loss"),
     ):
         points = [
-            (line["step"], line[key]) for line in lines if line["kind"] == kind and key in line
+            (line["step"], line[key])
+            for line in lines
+            if line["kind"] == kind and line.get(key) is not None
         ]
         if points:
             axes.plot(*zip(*points, strict=True), label=key, marker="o" if kind == "valid" else "")
     axes.set(xlabel="step", ylabel="nats a token", title=out.name)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(out / "loss.png", dpi=120)
     return out / "loss.png"
 
@@ -177,28 +197,32 @@ def _memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def samples(model: Qwen2Audio, tokenizer: Tokenizer, examples: Sequence[Example]) -> dict[str, Any]:
-    """Greedy answers to the first turn of each row.
+def samples(
+    model: Qwen2Audio, tokenizer: Tokenizer, batches: Sequence[Sequence[Example]]
+) -> dict[str, Any]:
+    """Greedy answers to the first turn of each row, half as long again as they should be at most.
 
     returns  "exact", the part that is right to the letter; "cer", wrong characters of transcripts;
              "samples", [source, wanted, said] of the first 24
     """
-    prompts, wanted = [], []
-    for example in examples:
-        begin, end = example.answers[0]
-        ids = example.ids[:begin]
-        clips = example.clips[: _runs(ids, model.config.audio_token_id)]
-        prompts.append(chat.Prompt(ids, clips, [], []))
-        wanted.append(tokenizer.decode(example.ids[begin:end]))
     pad = tokenizer.id_of("<|endoftext|>")
     ends = (pad, tokenizer.id_of("<|im_end|>"))
-    settings = Settings(max_new_tokens=64, eos_token_ids=ends, pad_token_id=pad)
     bins = model.config.audio.num_mel_bins
-    said: list[str] = []
-    for at in range(0, len(prompts), 32):
-        batch = chat.collate(prompts[at : at + 32], pad, num_mel_bins=bins)
-        said += [tokenizer.decode(answer.ids) for answer in generate(model, batch, settings)]
-    triples = list(zip(examples, wanted, said, strict=True))
+    triples: list[tuple[Example, str, str]] = []
+    for examples in batches:
+        prompts, wanted, longest = [], [], 0
+        for example in examples:
+            begin, end = example.answers[0]
+            ids = example.ids[:begin]
+            clips = example.clips[: _runs(ids, model.config.audio_token_id)]
+            prompts.append(chat.Prompt(ids, clips, [], []))
+            wanted.append(tokenizer.decode(example.ids[begin:end]))
+            longest = max(longest, end - begin)
+        most = max(64, longest + longest // 2)
+        settings = Settings(max_new_tokens=most, eos_token_ids=ends, pad_token_id=pad)
+        batch = chat.collate(prompts, pad, num_mel_bins=bins)
+        said = [tokenizer.decode(answer.ids) for answer in generate(model, batch, settings)]
+        triples += zip(examples, wanted, said, strict=True)
     spoken = [(right, text) for example, right, text in triples if example.row.transcript]
     found: dict[str, Any] = {
         "exact": sum(right.strip() == text.strip() for _, right, text in triples) / len(triples)
