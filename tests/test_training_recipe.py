@@ -19,7 +19,7 @@ from qwen2audio_core import cli, ops
 from qwen2audio_core.config import Qwen2AudioConfig
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.training import inspect, loop, lora
-from qwen2audio_core.training.data import rows_from_folder
+from qwen2audio_core.training.rows import make
 from qwen2audio_core.weights import load_model
 
 ROOT = Path(cli.__file__).resolve().parents[1]
@@ -196,7 +196,7 @@ def test_texts_and_clips_without_the_other_are_named(tmp_path) -> None:
         (folder / name).write_bytes(b"wvpk")
         (folder / name).with_suffix(".txt").write_text("eins\n")
     said: list[str] = []
-    found = list(rows_from_folder(folder, "x", "asr", said.append))
+    found = list(make(folder, "x", "asr", said.append))
     assert [Path(row["audio"]).name for row in found] == ["a.wav", "c.AIFF", "d.flac"]
     assert said == [
         f"{folder}: left out, 4 .txt without a clip of the same name: e.txt, f.txt, g.txt"
@@ -240,7 +240,7 @@ def test_what_real_folders_hold(run, tmp_path) -> None:
         (folder / name).write_bytes(b"x")
     tone(folder / "a.wav", 300, 0.5)
     (folder / "a.TXT").write_bytes("\ufeffeins\r\nzwei \n".encode())
-    (row,) = rows_from_folder(folder, "x", "asr", print)
+    (row,) = make(folder, "x", "asr", print)
     assert row["gt"] == "eins zwei" and Path(row["audio"]).name == "a.wav"
 
     tone(folder / "b.wav", 300, 0.01)
@@ -248,7 +248,7 @@ def test_what_real_folders_hold(run, tmp_path) -> None:
     for name in "bc":
         (folder / f"{name}.txt").write_text("x")
     with pytest.raises(InputError, match=r"b\.wav: too short to be heard; and 1 more cannot be"):
-        list(rows_from_folder(folder, "x", "asr", print))
+        list(make(folder, "x", "asr", print))
     tone(folder / "b.flac", 300, 0.5)
     (folder / "c.txt").write_bytes("zwölf".encode("utf-16-le"))
     name = os.fsdecode(b"stra\xdfe.wav")
@@ -258,12 +258,60 @@ def test_what_real_folders_hold(run, tmp_path) -> None:
     except OSError:
         name = ""  # a disk that takes UTF-8 alone
     with pytest.raises(InputError) as caught:
-        list(rows_from_folder(folder, "x", "asr", print))
+        list(make(folder, "x", "asr", print))
     said = str(caught.value)
     assert "2 with a clip of the same name: b.flac, b.wav" in said
     assert "1 with a text that is not UTF-8: c.txt" in said
     assert not name or "1 with a name that is not UTF-8: stra" in said
     assert said.encode()
+
+
+def test_librispeech_and_common_voice(run, tmp_path) -> None:
+    """A LibriSpeech folder, and tables as Common Voice and Hugging Face's datasets have them."""
+    chapter = tmp_path / "LibriSpeech" / "1" / "2"
+    (chapter / "clips").mkdir(parents=True)
+    for name in ("1-2-0000.wav", "1-2-0001.wav", "clips/a.wav", "clips/b.wav"):
+        tone(chapter / name, 300, 0.5)
+    lines = "1-2-0000 HELLO THERE\n1-2-0001 GOOD BYE\n"
+    (chapter / "1-2.trans.txt").write_text(lines)
+    with pytest.raises(
+        InputError, match=r"of 4 clips, 2 with no .txt of the same name: 1/2/clips/a"
+    ):
+        list(make(tmp_path / "LibriSpeech", "x", "asr", print))
+    for name in "ab":
+        (chapter / "clips" / f"{name}.txt").write_text(name)
+    said: list[str] = []
+    found = list(make(tmp_path / "LibriSpeech", "x", "asr", said.append))
+    assert [row["gt"] for row in found] == ["HELLO THERE", "GOOD BYE", "a", "b"] and not said
+
+    def table(name: str, text: str) -> Path:
+        path = chapter / name
+        path.write_text(text, encoding="utf-8", newline="")
+        return path
+
+    voice = table(
+        "v.tsv", '\ufeffclient_id\tpath\tsentence\n1\ta.wav\t"Ja, sagte er\r\n2\tb.wav\tNein\n'
+    )
+    found = list(make(voice, "x", "asr", said.append))
+    assert [row["gt"] for row in found] == ['"Ja, sagte er', "Nein"]
+    assert found[0]["audio"] == str((chapter / "clips" / "a.wav").resolve())
+    hub = table("metadata.csv", 'file_name,transcription\nclips/a.wav,"one, two"\n')
+    assert [row["gt"] for row in make(hub, "x", "asr", said.append)] == ["one, two"]
+    out = run("rows", voice, "--out", tmp_path / "data")
+    assert "train.jsonl  1 rows" in out and "valid.jsonl  1 rows" in out
+    for text, why in (
+        ("id\twords\n1\tx\n", "its columns are id, words; expected one of path, file_name"),
+        ("path\tsentence\nnone.wav\tx\na.wav\t \n", "of its rows, 1 with no clip there: line 2"),
+        ("path\tsentence\na.wav\t \n", "1 with an empty text: line 2"),
+        ("path\tsentence\n", "no rows below the head line"),
+        ("", "its columns are none"),
+    ):
+        with pytest.raises(InputError, match=re.escape(why)) as caught:
+            list(make(table("t.tsv", text), "x", "asr", print))
+        assert "\n" not in str(caught.value)
+    (chapter / "t.tsv").write_bytes(b"path\tsentence\na.wav\t\xff\n")
+    with pytest.raises(InputError, match="not UTF-8"):
+        list(make(chapter / "t.tsv", "x", "asr", print))
 
 
 def test_rows_on_a_full_disk_leave_nothing(run, tmp_path, monkeypatch) -> None:

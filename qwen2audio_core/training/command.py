@@ -214,7 +214,14 @@ def train(
 
 
 def rows(
-    folder: Annotated[str, typer.Argument(help="Clips and their texts, a.wav beside a.txt.")],
+    folder: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER_OR_TABLE",
+            help="Clips and their texts: a.wav beside a.txt, LibriSpeech's folders, or a tsv or csv"
+            " with columns such as path and sentence (Common Voice).",
+        ),
+    ],
     out: Annotated[str, typer.Option("--out", "-o", help="Folder for train.jsonl, valid.jsonl.")],
     prompt: Annotated[
         str, typer.Option(help="What the model is asked about every clip.")
@@ -226,11 +233,13 @@ def rows(
         bool, typer.Option("--overwrite", help="Replace train.jsonl and valid.jsonl.")
     ] = False,
 ) -> None:
-    """Make rows to train on from a folder of clips and texts.
+    """Make rows to train on from clips and texts.
 
-    Example:
+    Examples:
 
         qwen2audio rows recordings --out data
+
+        qwen2audio rows cv-corpus/sw/validated.tsv --out data
     """
     import json
     import random
@@ -238,7 +247,7 @@ def rows(
 
     from qwen2audio_core.errors import InputError
     from qwen2audio_core.terminal import note
-    from qwen2audio_core.training.data import rows_from_folder
+    from qwen2audio_core.training.rows import make
 
     if not 0 <= valid_part < 1:
         raise InputError(f"--valid-part is {valid_part}, expected 0 up to less than 1")
@@ -248,7 +257,7 @@ def rows(
             raise InputError(
                 f"{file}: is there already; choose another folder, or replace it with --overwrite"
             )
-    found = list(rows_from_folder(Path(folder), prompt, source, note))
+    found = list(make(Path(folder), prompt, source, note))
     if not found:
         raise InputError(f"{folder}: no clip of at most 30 s")
     random.Random(seed).shuffle(found)

@@ -33,7 +33,6 @@ clip while the index is made; "source" or "task" names where a row comes from.
 
 import codecs
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -58,7 +57,6 @@ from qwen2audio_core.frontend import (
 )
 from qwen2audio_core.tokenizer import Tokenizer
 from qwen2audio_core.training.losses import IGNORE
-from qwen2audio_core.weights import few
 
 PLACEHOLDER = "<audio>"  # a clip's place in a message
 TAGS = re.compile(r"<\|[^|]*\|>")
@@ -364,109 +362,6 @@ def _text(raw: dict[str, Any], key: str, where: str, default: Any = None) -> str
 
 def _path(clip: str, folder: Path) -> str:
     return clip if "://" in clip or clip.startswith("data:") else str(folder / clip)
-
-
-def rows_from_folder(
-    folder: Path, prompt: str, source: str, notice: Callable[[str], object]
-) -> Iterator[dict[str, Any]]:
-    """Rows of the official form for clips that lie beside their texts, a.wav by a.txt.
-
-    notice  called with a line on texts without a clip, and at the end on clips over 30 s
-    errors  InputError where there is no such folder or no clip in it, and one for all the clips
-            whose text is missing, empty or not UTF-8
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        # Not what macOS leaves beside the files it packs.
-        if not path.is_dir() and not path.name.startswith(".") and "__MACOSX" not in path.parts
-    )
-    clips = [path for path in files if path.suffix.lower() in audio_files.SUFFIXES]
-    if not clips:
-        raise InputError(
-            f"{folder}: no clip here, looked for {', '.join(sorted(audio_files.SUFFIXES))}"
-        )
-    texts: list[str] = []
-    bad: dict[str, list[str]] = {}  # what is wrong, and with which files
-    owners = Counter(clip.with_suffix("") for clip in clips)
-    for clip in clips:
-        file = clip.with_suffix(".txt")
-        if not file.exists() and clip.with_suffix(".TXT").exists():
-            file = clip.with_suffix(".TXT")
-        text, what, named = "", "an empty text", file
-        if owners[clip.with_suffix("")] > 1:
-            bad.setdefault("a clip of the same name", []).append(str(clip.relative_to(folder)))
-        if not _is_unicode(clip):
-            shown = os.fsencode(clip.name).decode(errors="replace")
-            bad.setdefault("a name that is not UTF-8", []).append(shown)
-            texts.append("")
-            continue
-        try:
-            text = file.read_text(encoding="utf-8-sig").strip()
-        except FileNotFoundError:
-            what, named = "no .txt of the same name", clip
-        except UnicodeDecodeError:
-            what = "a text that is not UTF-8"
-        except OSError as error:
-            what = f"a text that cannot be read ({error.strerror})"
-        if "\0" in text:
-            text, what = "", "a text that is not UTF-8"
-        texts.append(" ".join(text.split()))
-        if not text:
-            bad.setdefault(what, []).append(str(named.relative_to(folder)))
-    if bad:
-        found = "; ".join(f"{len(names)} with {what}: {few(names)}" for what, names in bad.items())
-        raise InputError(f"{folder}: of {len(clips)} clips, {found}")
-    used = {clip.with_suffix("") for clip in clips}
-    alone = [
-        path
-        for path in files
-        if path.suffix in (".txt", ".TXT") and path.with_suffix("") not in used
-    ]
-    if alone:
-        names = few([str(path.relative_to(folder)) for path in alone])
-        notice(f"{folder}: left out, {len(alone)} .txt without a clip of the same name: {names}")
-    long: list[str] = []
-    broken: list[str] = []
-    for clip, text in zip(clips, texts, strict=True):
-        try:
-            samples = len(audio.load(str(clip)))
-            if not clip_lengths(min(samples, MAX_SAMPLES)).audio_tokens:
-                raise InputError(f"{clip}: too short to be heard")
-        except InputError as error:
-            broken.append(str(error))
-            continue
-        seconds = samples / SAMPLE_RATE
-        if seconds > MAX_SECONDS:
-            long.append(str(clip.relative_to(folder)))
-            continue
-        if broken:
-            continue
-        yield {
-            "audio": str(clip.resolve()),
-            "prompt": prompt,
-            "gt": text,
-            "source": source,
-            "seconds": round(seconds, 3),
-        }
-    if broken:
-        others = f"; and {len(broken) - 1} more cannot be read" if len(broken) > 1 else ""
-        raise InputError(f"{broken[0]}{others}")
-    if long:
-        notice(
-            f"{folder}: left out, {len(long)} clips over {MAX_SECONDS} s, cut them into pieces:"
-            f" {few(long)}"
-        )
-
-
-def _is_unicode(path: Path) -> bool:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 # Rows to examples
