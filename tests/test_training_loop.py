@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -573,6 +573,17 @@ def test_a_result_that_was_taken_away_is_written_again(base, data, tmp_path) -> 
     assert loop.train(chosen) == result
     after = load_model(result).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    # The newest checkpoint given up, the one before it is the result.
+    assert loop.train(replace(chosen, steps=4, save_every=1)) == result
+    shutil.rmtree(saved.checkpoints(tmp_path / "run")[-1])
+    loop.train(replace(chosen, steps=3))
+    third = load_model(result).state_dict()
+    again = a_run(base, [data], tmp_path / "run", steps=3)
+    assert again.progress.step == 3
+    held = again.trainee.model.state_dict()
+    assert all(
+        torch.equal(third[name], held[name].bfloat16().to(third[name].dtype)) for name in third
+    )
 
 
 def test_codes_are_not_trained(base, data, tmp_path) -> None:

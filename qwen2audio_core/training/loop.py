@@ -40,6 +40,7 @@ from qwen2audio_core.training.data import (
 from qwen2audio_core.training.parallel import Group
 
 Stage = Literal["pretrain", "sft", "dpo"]
+AGAIN = "; checkpoints before it are whole: give the same command to go on"
 TOGETHER = 32  # rows that are measured on at once, at most
 
 
@@ -568,7 +569,7 @@ class Run:
         """Steps until the end."""
         settings, progress = self.settings, self.progress
         batches = self._batches()
-        part = self._part()
+        part, begun = self._part(), progress.step
         while part < 1:
             began = time.perf_counter()
             figures = self._next_step(batches, part)
@@ -581,7 +582,7 @@ class Run:
                 self.evaluate()
             if progress.step % settings.save_every == 0 or part >= 1:
                 self.save()
-        if not self.result.exists():  # of a run that was over already
+        if begun == progress.step:  # over already: of this checkpoint, and not of a later one
             self._write_result()
         self.report.finish()
 
@@ -845,7 +846,10 @@ class Run:
         assert isinstance(model, Qwen2Audio)
         if settings.adapter is not None:
             if group.first:
-                lora.save(model, self.result, settings.model)
+                try:
+                    lora.save(model, self.result, settings.model)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{error}{AGAIN}") from error
             return
         state = model.state_dict()
         if not group.first:  # all processes ask for the same tensors in the same order
@@ -863,6 +867,4 @@ class Run:
                 overwrite=True,
             )
         except CheckpointError as error:
-            raise CheckpointError(
-                f"{error}; checkpoints before it are whole: give the same command to go on"
-            ) from error
+            raise CheckpointError(f"{error}{AGAIN}") from error

@@ -14,6 +14,7 @@ An adapter's folder is PEFT's: adapter_config.json and adapter_model.safetensors
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -181,8 +182,11 @@ def write_merged(
 def save(model: Qwen2Audio, folder: str | Path, base: str = "") -> None:
     """Write the adapter as PEFT does.
 
-    base  what it belongs to, a hub id or a folder: base_model_name_or_path
+    base  what it belongs to, a hub id or a folder, whose whole path is written:
+          base_model_name_or_path
     """
+    if os.path.isdir(base):
+        base = os.path.abspath(base)
     from safetensors.torch import save as to_bytes
 
     adapted = layers(model)
@@ -218,8 +222,11 @@ def save(model: Qwen2Audio, folder: str | Path, base: str = "") -> None:
             (CONFIG, (json.dumps(config, indent=2) + "\n").encode()),
         ):
             part = folder / f".{name}.part"
-            part.write_bytes(content)
-            part.replace(folder / name)
+            try:
+                part.write_bytes(content)
+                part.replace(folder / name)
+            finally:
+                part.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot write it ({error.strerror})") from error
 

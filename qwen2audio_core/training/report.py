@@ -48,7 +48,7 @@ class Report:
         """Called after every step; writes the mean of the steps since the last line."""
         self._recent.append(figures)
         now = time.perf_counter()
-        if now - self._shown < EVERY and part < 1:
+        if now - self._shown < EVERY and part < 1 and progress["step"] > 1:
             return
         recent, self._recent = self._recent, []
         total = {key: sum(f.get(key, 0.0) for f in recent) for key in recent[-1]}
@@ -60,6 +60,8 @@ class Report:
             "memory_gb": _memory(),
         }
         self._shown = now
+        for key in ("audio_seconds", "tokens"):  # progress has those of the whole run
+            del means[key]
         self._write("train", progress, means)
         left = progress["seconds"] * (1 - part) / part if part > 0 else float("inf")
         extra = "".join(
