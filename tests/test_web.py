@@ -2,6 +2,7 @@
 server as a program speaks to it."""
 
 import asyncio
+import html
 import http.cookiejar
 import io
 import json
@@ -34,7 +35,7 @@ from qwen2audio_core.errors import AudioError, InputError
 from qwen2audio_core.frontend import log_mel
 from qwen2audio_core.web import guard, pictures, server, views
 from qwen2audio_core.web.inside import inspect
-from qwen2audio_core.web.sessions import Limits, Session, Sessions
+from qwen2audio_core.web.sessions import Limits, Session, Sessions, Turn
 from qwen2audio_core.web.words import LANGUAGES, preferred, words
 from qwen2audio_core.web.worker import Job, Worker
 
@@ -379,9 +380,9 @@ def test_stop_while_waiting_in_the_line(page, worker):
     hold = Hold(worker)
     page.ask("Hello", **SHORT)
     assert worker.place(page.job) == 1 and page.busy
-    assert views.answer(page, page.turns[0]) == "*In line, 1 before you …*"
+    assert views.answer(page, page.turns[0]) == "<em>In line, 1 before you …</em>"
     page.stop()
-    assert not page.busy and views.answer(page, page.turns[0]) == "*(stopped)*"
+    assert not page.busy and views.answer(page, page.turns[0]) == "<em>(stopped)</em>"
     hold.go.set()
     assert page.job.wait(10) and page.turns[0].answer == ""
 
@@ -687,6 +688,58 @@ def test_large_bodies_are_refused():
     ]
 
 
+def test_this_machine_s_own_page_has_its_own_names():
+    """A web page whose name points to this machine gets nothing, nor may others send anything."""
+    hosts = frozenset({*server.LOOPBACK})
+
+    def status(*headers: tuple[bytes, bytes], method: str = "POST", hosts=hosts) -> int:
+        scope = {"path": "/gradio_api/upload", "headers": list(headers), "method": method}
+        return through(scope, hosts=hosts)[0][0]["status"]
+
+    for name in (b"localhost:7860", b"127.0.0.1", b"[::1]:7860", b"LOCALHOST"):
+        assert status((b"host", name)) == 200
+    for name in (b"evil.example:7860", b"", b"[", b"127.0.0.1.evil.example"):
+        assert status((b"host", name)) == 403
+    assert status((b"host", b"any.example"), hosts=None) == 200
+    own = (b"host", b"localhost")
+    for site in (b"cross-site", b"same-site"):
+        assert status(own, (b"sec-fetch-site", site)) == 403
+        assert status(own, (b"sec-fetch-site", site), method="GET") == 200  # a link to the page
+    for site in (b"same-origin", b"none"):
+        assert status(own, (b"sec-fetch-site", site)) == 200
+
+
+def test_uploads_together_have_an_end(sessions, page):
+    def status(size: int, room: int, path: str = "/gradio_api/upload") -> int:
+        headers = [(b"content-length", b"%d" % size)]
+        return through({"path": path, "headers": headers}, room=lambda: room)[0][0]["status"]
+
+    assert status(1000, 1000) == 200 and status(1001, 1000) == 507
+    assert status(1001, 1000, "/gradio_api/queue/join") == 200
+    page.add(BELL)
+    kept = sessions.stored
+    assert kept == sum(file.stat().st_size for file in sessions._files()) > 10_000
+    page.clear()
+    assert sessions.stored < kept
+
+
+def test_what_is_said_stands_there_to_the_letter(page):
+    """Nothing that was typed or answered is taken for HTML or Markdown."""
+    for text in ("a <noise> hello [laughs] b", "x<y and y>x", "__init__.py 2*3*4", "a & b"):
+        page.turns.append(Turn(text, [], answer=text))
+        shown = views.history(page)
+        assert html.unescape(shown[-1]["content"]) == text == html.unescape(shown[-2]["content"][0])
+        assert "<" not in shown[-1]["content"] and "<" not in shown[-2]["content"][0]
+
+
+def test_a_conversation_that_is_full_says_so(page):
+    page.turns.append(Turn("x " * 9000, [], answer="y"))
+    with pytest.raises(InputError, match="as long as the model can hear: clear it, or edit"):
+        page.ask("and now?", greedy=True)
+    with pytest.raises(InputError, match="the prompt has"):
+        page.ask("z " * 9000, greedy=True)
+
+
 @pytest.mark.parametrize(
     "host, share, password, expected",
     [
@@ -951,8 +1004,8 @@ def test_a_hundred_broken_uploads(served, model):
 def test_uploads_that_are_too_large(served):
     status, body = Browser(served).upload("large.wav", bytes(2**20 + 1))
     assert status == 413 and b"size" in body
-    status, body = Browser(served).upload("larger.wav", bytes(2**20 + 2**17))
-    assert status == 413 and b"larger than 1 MB" in body
+    status, body = Browser(served).upload("larger.wav", bytes(8 * 2**20 + 2**17))
+    assert status == 413 and b"larger than 8 MB" in body  # eight files of a turn at once
 
 
 @pytest.mark.parametrize(
@@ -969,6 +1022,24 @@ def test_uploads_that_are_too_large(served):
 def test_files_that_are_nobodys_business(served, path):
     path = path.format(folder=os.environ["GRADIO_TEMP_DIR"])
     assert Browser(served).send("/gradio_api/file=" + path)[0] in (403, 404)
+
+
+def test_an_event_that_names_a_url_fetches_nothing(served, monkeypatch):
+    from gradio import processing_utils
+
+    def fetched(*words):
+        raise AssertionError(f"fetched {words}")
+
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_get", fetched)
+    url = {"path": "https://example.com/a.wav", "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(AssertionError, match="'success': False") as caught:
+        Browser(served).event("q2a-upload", "upload", [url])
+    assert "fetched" not in str(caught.value)
+
+
+def test_the_page_is_not_served_under_another_name(served):
+    status, body = Browser(served).send("/", Host="evil.example")
+    assert status == 403 and b"to this machine alone" in body
 
 
 def test_a_file_that_was_not_uploaded(served):

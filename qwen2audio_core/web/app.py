@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.web import inside
-from qwen2audio_core.web.page import Page
+from qwen2audio_core.web.page import OPENED_JS, Page
 from qwen2audio_core.web.sessions import Session, Sessions, Turn
 from qwen2audio_core.web.views import EXAMPLES, View, Views, answer, failure, history, note, over
 from qwen2audio_core.web.words import LANGUAGES, preferred
@@ -97,7 +97,7 @@ def build(sessions: Sessions, title: str, warning: str = "") -> Any:
                 yield views.conversation(session, wrong)
                 return
         words = session.words[text] if text else ""
-        async for shown in answered(session, session.ask, words, *knobs, typed=words):
+        async for shown in answered(session, session.ask, words, *knobs):  # a draft stays
             yield shown
 
     # --- clips ------------------------------------------------------------------------------------
@@ -141,10 +141,11 @@ def build(sessions: Sessions, title: str, warning: str = "") -> Any:
         session.stop()
         return views.conversation(session, over(session))
 
-    def edited(request: gr.Request) -> View:
+    def edited(draft: str | None, request: gr.Request) -> View:
         session = of(request)
         try:
-            return views.conversation(session, text=session.edit())
+            texts = [text for text in (session.edit(), draft or "") if text.strip()]
+            return views.conversation(session, text="\n".join(texts))
         except InputError as error:
             return views.conversation(session, failure(session, error))
 
@@ -197,13 +198,16 @@ def build(sessions: Sessions, title: str, warning: str = "") -> Any:
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     with at.blocks:
         at.blocks.load(opened, [at.chosen], labelled, **quiet)
+        at.blocks.load(None, js=OPENED_JS, api_visibility="private")
         at.blocks.unload(left)
         at.language.click(translated, None, [*labelled, at.chosen], **quiet)
-        gr.on([at.send.click, at.text.submit], asked, [at.text, *knobs], changing, **quiet)
+        sending = [at.send.click, at.text.submit]
+        # Also while an answer is written: that it has to wait is told, and not kept silent.
+        gr.on(sending, asked, [at.text, *knobs], changing, trigger_mode="multiple", **quiet)
         at.chatbot.example_select(tried, knobs, changing, **quiet)
         at.retry.click(retried, knobs, changing, **quiet)
         at.stop.click(stopped, None, changing, **quiet)
-        at.edit.click(edited, None, changing, **quiet)
+        at.edit.click(edited, [at.text], changing, **quiet)
         gr.on([at.clear.click, at.chatbot.clear], cleared, None, changing, **quiet)
         at.upload.upload(added, [at.upload], [*changing, at.upload], **quiet)
         recording = [at.microphone, at.voice, at.text, *knobs]

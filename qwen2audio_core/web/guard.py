@@ -3,6 +3,7 @@
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+from urllib.parse import urlsplit
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -36,30 +37,55 @@ SLACK = 2**16  # bytes of an upload that are not the file
 class Guard:
     """Middleware around Gradio's own application.
 
-    max_bytes  of an upload; a larger one is refused before it is stored
+    max_bytes  of an upload, of several files maybe; a larger one is refused before it is stored
     max_call   of any other request's body
+    hosts      names that the server is called by; None lets every name through. Somebody's web page
+               may have a name of its own point to this machine (DNS rebinding)
+    room       how many bytes of uploads there is room for
     """
 
-    def __init__(self, app: App, max_bytes: int, max_call: int = 2**20):
+    def __init__(
+        self,
+        app: App,
+        max_bytes: int,
+        max_call: int = 2**20,
+        hosts: frozenset[str] | None = None,
+        room: Callable[[], int] = lambda: 2**62,
+    ):
         self.app = app
         self.max_bytes = max_bytes
         self.max_call = max_call
+        self.hosts = hosts
+        self.room = room
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        path = scope["path"]
+        path, headers = scope["path"], dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self.hosts is not None and _hostname(host) not in self.hosts:
+            await _refuse(send, 403, f"this server answers to this machine alone, not as {host!r}")
+            return
+        # What a form on another page could send; reading the answer is forbidden to it anyway.
+        site = headers.get(b"sec-fetch-site", b"")
+        if scope.get("method") == "POST" and site in (b"cross-site", b"same-site"):
+            await _refuse(send, 403, "this server takes nothing from other pages")
+            return
         # Gradio would fetch these for whoever asks, with this machine's network.
         if any(part in path for part in ("file=http:", "file=https:", "/proxy=")):
             await _refuse(send, 403, "this server fetches nothing from elsewhere")
             return
         upload = path.rstrip("/").endswith("/upload")
         limit = self.max_bytes + SLACK if upload else self.max_call
-        stated = dict(scope["headers"]).get(b"content-length", b"")
+        stated = headers.get(b"content-length", b"")
         if stated.isdigit() and int(stated) > limit:
             await _discard(receive, 4 * limit)  # one who is still sending hears no answer
             await _refuse(send, 413, f"larger than {limit >> 20} MB")
+            return
+        if upload and (int(stated) if stated.isdigit() else limit) > self.room():
+            await _discard(receive, 4 * limit)
+            await _refuse(send, 507, "too many uploads at the moment: try again in a few minutes")
             return
         received = 0
 
@@ -78,6 +104,14 @@ class Guard:
             await send(message)
 
         await self.app(scope, counted, marked)
+
+
+def _hostname(host: str) -> str | None:
+    """Of the header Host, without a port."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
 
 
 async def _discard(receive: Receive, limit: int) -> None:

@@ -13,6 +13,26 @@ REMOVE_JS = """element.addEventListener('click', event => {
 });"""
 
 
+# What the page does by itself when it is opened: tell why there is no microphone (style.css shows
+# the line in question, views writes all of them), and say in which language it is.
+OPENED_JS = """() => {
+  const why = reason => { document.documentElement.dataset.q2aMicrophone = reason; };
+  if (!navigator.mediaDevices || !navigator.mediaDevices.getUserMedia) why('insecure');
+  window.addEventListener('unhandledrejection', event => {
+    const name = event.reason && event.reason.name;
+    if (name === 'NotAllowedError') why('refused');
+    if (name === 'NotFoundError' || name === 'NotReadableError') why('missing');
+  });
+  const heading = document.querySelector('.q2a-heading');
+  const speak = () => {
+    const title = heading && heading.querySelector('h1[lang]');
+    if (title) document.documentElement.lang = title.lang;
+  };
+  if (heading) new MutationObserver(speak).observe(heading, {childList: true, subtree: true});
+  speak();
+}"""
+
+
 def theme() -> Any:
     """Colours and fonts; the fonts are those of the reader's own system."""
     from gradio import themes
@@ -25,6 +45,13 @@ def theme() -> Any:
         radius_size="lg",
         font=[*map(themes.Font, system), themes.Font("sans-serif")],
         font_mono=[*map(themes.Font, mono), themes.Font("monospace")],
+    ).set(  # 4.5 to 1 and more on their grounds, WCAG 2.2
+        body_text_color_subdued="*neutral_600",
+        block_info_text_color="*neutral_600",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
     )
 
 
@@ -74,6 +101,7 @@ class Page:
             buttons=["copy"],
             feedback_options=None,
             allow_tags=False,
+            render_markdown=False,  # what was typed and what was answered, to the letter
         )
         self.status = gr.HTML(elem_id="q2a-status")
         self.waiting = gr.HTML(elem_id="q2a-waiting", js_on_load=REMOVE_JS)
@@ -81,6 +109,7 @@ class Page:
     def _composer(self, gr: Any) -> None:
         with gr.Row(elem_classes="q2a-compose"):
             self.text = gr.Textbox(
+                label=self.w["text"],
                 show_label=False,
                 container=False,
                 lines=1,
@@ -112,6 +141,7 @@ class Page:
                 buttons=[],
                 elem_id="q2a-microphone",
             )
+            self.trouble = gr.HTML(elem_id="q2a-trouble")
             self.voice = gr.Checkbox(label=self.w["voice"], elem_id="q2a-voice")
         self.upload = gr.File(  # of any name: audio.load looks at what is in it
             file_count="multiple",

@@ -86,9 +86,9 @@ def clip_card(name: str, facts: str, wav: Path, picture: Path, remove: str = "")
         else ""
     )
     return (
-        f'<figure class="q2a-clip"><img src="{file_url(picture)}" alt="{escape(name)}">'
-        f'<figcaption><span class="q2a-name" title="{escape(name)}">{escape(name)}</span>'
+        f'<figure class="q2a-clip"><img src="{file_url(picture)}" alt="">'
+        f'<figcaption><bdi class="q2a-name" title="{escape(name)}">{escape(name)}</bdi>'
         f'<span class="q2a-facts">{escape(facts)}</span>{button}</figcaption>'
         '<audio controls controlslist="nodownload noplaybackrate" preload="metadata"'
-        f' src="{file_url(wav)}"></audio></figure>'
+        f' aria-label="{escape(name)}" src="{file_url(wav)}"></audio></figure>'
     )

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 PORT = 7860  # and the hundred behind it
 SWEEP_SECONDS = 30.0
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+UPLOADS = 20  # files of the largest size that are kept at a time, of all pages together
 STYLE = Path(__file__).with_name("style.css")
 
 
@@ -50,7 +52,7 @@ def serving(
     port = free_port(host, port)
     limits = limits or Limits()
     folder = Path(tempfile.mkdtemp(prefix="qwen2audio-web-")).resolve()  # for this user alone
-    with environment(folder):
+    with environment(folder), fetching_nothing():
         from starlette.middleware import Middleware
 
         worker = Worker(limits.waiting)
@@ -59,6 +61,14 @@ def serving(
         kind = str(assistant.dtype).removeprefix("torch.")
         title = f"{assistant.name or 'model'} · {device} · {kind}"
         blocks = app.build(sessions, title, which(assistant.model))
+        alone = is_loopback(host) and password is None and not share
+        guard = Middleware(
+            Guard,
+            # Gradio holds each file to its limit, this their sum.
+            max_bytes=limits.clips * limits.upload_bytes,
+            hosts=frozenset({*LOOPBACK, host}) if alone else None,
+            room=lambda: UPLOADS * limits.upload_bytes - sessions.stored,
+        )
         over = threading.Event()
         sweeper = threading.Thread(target=_sweep, args=(sessions, over), daemon=True)
         sweeper.start()
@@ -68,11 +78,11 @@ def serving(
                 server_port=port,
                 share=share,
                 auth=None if password is None else lambda _, given: _same(given, password),
-                auth_message="Any name will do; the password is the one that the server was given.",
+                auth_message="Type any name; the password is the one that the server was given.",
                 theme=theme(),
                 css_paths=STYLE,
                 max_file_size=limits.upload_bytes,
-                app_kwargs={"middleware": [Middleware(Guard, max_bytes=limits.upload_bytes)]},
+                app_kwargs={"middleware": [guard]},
                 footer_links=[],
                 run_history=False,
                 enable_monitoring=False,
@@ -115,6 +125,25 @@ def environment(folder: Path) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def fetching_nothing() -> Iterator[None]:
+    """Gradio would download what an event of a page names by its URL."""
+    from gradio import processing_utils
+
+    async def refused(url: str, *words: object) -> str:
+        raise ValueError(f"this server fetches nothing from elsewhere: {url:.200}")
+
+    names = ("async_ssrf_protected_download", "ssrf_protected_download")
+    before = {name: getattr(processing_utils, name) for name in names}
+    for name in names:
+        setattr(processing_utils, name, refused)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(processing_utils, name, function)
 
 
 def _same(given: str, password: str) -> bool:

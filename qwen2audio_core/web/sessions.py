@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qwen2audio_core import audio
 from qwen2audio_core.assistant import Assistant, Latest, Message, Reply, change, user_turn
-from qwen2audio_core.errors import AudioError, InputError
+from qwen2audio_core.errors import AudioError, InputError, PromptError
 from qwen2audio_core.frontend import SAMPLE_RATE, clip_lengths
 from qwen2audio_core.web import pictures
 from qwen2audio_core.web.words import words
@@ -120,7 +120,7 @@ class Session:
         with self._lock:
             room = self.limits.seconds - sum(clip.seconds for clip in self.clips)
             if len(self.clips) >= self.limits.clips:
-                raise InputError(self.words["too many clips"].format(self.limits.clips))
+                raise InputError(self.words["too many clips"].format(self.limits.clips, name))
         with suppress(OSError):
             if Path(file).stat().st_size > self.limits.upload_bytes:
                 raise AudioError(self.words["too large"].format(self.limits.upload_bytes >> 20))
@@ -132,7 +132,7 @@ class Session:
         pieces = audio.split(whole, name=name, notice=notices.append)
         with self._lock:
             if len(self.clips) >= self.limits.clips:
-                raise InputError(self.words["too many clips"].format(self.limits.clips))
+                raise InputError(self.words["too many clips"].format(self.limits.clips, name))
             self.folder.mkdir(parents=True, exist_ok=True)
             self._made += 1
             place = self.folder / f"clip-{self._made}"
@@ -225,7 +225,12 @@ class Session:
             raise InputError(f"seed is {seed}, it must be 0 to {2**63 - 1}")
         change(self.assistant.settings, **given)  # raises before anything is changed
         messages = [message for old in before for message in old.messages()]
-        prompt = self.assistant.encode([*messages, turn.messages()[0]], system=system)
+        try:
+            prompt = self.assistant.encode([*messages, turn.messages()[0]], system=system)
+        except PromptError as error:
+            if before and len(turn.text) < 1000 and not turn.clips:  # of what is it too much?
+                raise InputError(self.words["full"]) from error
+            raise
         was = self.turns
 
         def work(job: Job) -> None:
@@ -319,6 +324,15 @@ class Sessions:
             for name in list(self._known):
                 self._forget(name)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def stored(self) -> int:
+        """Bytes of all files that are kept."""
+        total = 0
+        for file in self._files():
+            with suppress(OSError):
+                total += file.stat().st_size
+        return total
 
     def __len__(self) -> int:
         return len(self._known)

@@ -18,6 +18,12 @@ EXAMPLES = (  # name of its title, name of its text, clips
     ("compare them", "ask compare", ("sound_rain.flac", "fr_book.flac")),
 )
 
+NO_MICROPHONE = {
+    "insecure": "no microphone insecure",
+    "refused": "no microphone refused",
+    "missing": "no microphone missing",
+}
+
 View = dict[Any, Any]  # component -> its new value, or an update of its properties
 
 
@@ -38,7 +44,7 @@ class Views:
         ]
         self.labelled = [  # by `labels`
             *(at.heading, at.language, at.chatbot, at.text, at.send, at.stop, at.retry, at.edit),
-            *(at.clear, at.microphone, at.upload, at.voice, at.accordion, at.system),
+            *(at.clear, at.microphone, at.trouble, at.upload, at.voice, at.accordion, at.system),
             *(at.temperature, at.tokens, at.seed, at.conversation_tab, at.inside_tab),
             *(at.inside_hint, at.look),
         ]
@@ -71,11 +77,16 @@ class Views:
             for title, text, _ in EXAMPLES
         ]
         return {
-            at.heading: f'<h1>Qwen2-Audio</h1><p class="q2a-tagline">{escape(w["tagline"])}</p>'
+            at.heading: f'<h1 lang="{session.language}">Qwen2-Audio</h1>'
+            f'<p class="q2a-tagline">{escape(w["tagline"])}</p>'
             f'<span class="q2a-badge">{escape(self.title)}</span>{warning}',
             at.language: next(n for code, n in LANGUAGES.items() if code != session.language),
             at.chatbot: update(value=history(session), placeholder=w["empty"], examples=examples),
-            at.text: update(placeholder=w["text hint"]),
+            at.text: update(label=w["text"], placeholder=w["text hint"]),
+            at.trouble: "".join(
+                f'<p role="alert" data-why="{why}">{escape(w[line])}</p>'
+                for why, line in NO_MICROPHONE.items()
+            ),
             at.send: update(value=w["send"]),
             at.stop: update(value=w["stop"]),
             at.retry: update(value=w["retry"]),
@@ -103,21 +114,21 @@ def history(session: Session) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     for turn in session.turns:
         cards = [HTML(card(session, clip), render=False) for clip in turn.clips]
-        asked = [*cards, turn.text] if turn.text else cards
+        asked = [*cards, escape(turn.text)] if turn.text else cards
         messages.append({"role": "user", "content": asked})
         messages.append({"role": "assistant", "content": answer(session, turn)})
     return messages
 
 
 def answer(session: Session, turn: Turn) -> str:
-    """What was answered so far, or why there is nothing yet."""
+    """What was answered so far, or why there is nothing yet, as HTML."""
     w = session.words
     if turn.answer:
-        return turn.answer
+        return escape(turn.answer)  # the page takes it for HTML
     if turn.stopped or session.job is None or not session.busy:
-        return f"*({w['stopped'] if turn.stopped else w['silent']})*"
+        return f"<em>({w['stopped'] if turn.stopped else w['silent']})</em>"
     place = session.worker.place(session.job)
-    return f"*{w['in line'].format(place) if place else w['thinking']} …*"
+    return f"<em>{w['in line'].format(place) if place else w['thinking']} …</em>"
 
 
 def card(session: Session, clip: Clip, remove: bool = False) -> str:

@@ -7,7 +7,6 @@ LANGUAGES = {"en": "English", "zh": "中文"}
 _WORDS = {
     # The page
     "tagline": ("Talk to it, or let it listen.", "和它说话，或让它听声音。"),
-    "language": ("Language", "语言"),
     "conversation": ("Conversation", "对话"),
     "inside": ("Look inside", "查看内部"),
     "empty": (
@@ -72,10 +71,26 @@ _WORDS = {
     "nothing to retry": ("There is no turn to try again.", "没有可以重新回答的内容。"),
     "nothing to edit": ("There is no turn to edit.", "没有可以编辑的内容。"),
     "too many clips": (
-        "One turn takes up to {} clips: send these first.",
-        "一轮最多 {} 段音频：请先发送。",
+        "{1} was left out: one turn takes up to {0} clips, send these first.",
+        "未添加 {1}：一轮最多 {0} 段音频，请先发送。",
     ),
     "too large": ("A clip may have up to {} MB.", "音频文件不能超过 {} MB。"),
+    "full": (
+        "This conversation is as long as the model can hear: clear it, or edit the last turn.",
+        "对话已达到模型的最大长度：请清空，或编辑上一轮。",
+    ),
+    "no microphone insecure": (
+        "No microphone here: browsers give it to https and to this machine alone. Add clips.",
+        "无法使用麦克风：浏览器只允许 https 或本机页面使用。请添加音频。",
+    ),
+    "no microphone refused": (
+        "The microphone was not allowed: allow it beside the address, then press Record again.",
+        "未获得麦克风权限：请在地址栏旁允许，然后再录音。",
+    ),
+    "no microphone missing": (
+        "No microphone was found: connect one, or add a clip.",
+        "没有找到麦克风：请连接麦克风，或添加音频。",
+    ),
     # Inside
     "inside hint": (
         "The words of the last answer, the surer the darker; point at one for other likely ones.",
