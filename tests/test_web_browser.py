@@ -274,6 +274,67 @@ def slow_model(monkeypatch):
     monkeypatch.setattr(Generation, "step", step)
 
 
+@pytest.mark.parametrize(
+    ("flags", "script", "said"),
+    [
+        ([], "", "No microphone was found: connect one"),
+        (
+            ["--use-fake-device-for-media-stream", "--deny-permission-prompts"],
+            "",
+            "The microphone was not allowed",
+        ),
+        (
+            [],
+            "Object.defineProperty(navigator, 'mediaDevices', {value: undefined})",
+            "browsers give it to https",
+        ),
+    ],
+    ids=["missing", "refused", "insecure"],
+)
+def test_why_there_is_no_microphone(chromium, address, flags, script, said):
+    browser = chromium.browser_type.launch(
+        executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", *flags]
+    )
+    page = browser.new_context(locale="en-US").new_page()
+    page.set_default_timeout(PATIENCE)
+    page.add_init_script(script)
+    page.goto(address)
+    page.locator(".q2a-heading h1").wait_for()
+    lines = page.locator("#q2a-trouble p")
+    until(lambda: lines.count() == 3)
+    if not script:
+        assert not any(line.is_visible() for line in lines.all())
+        page.locator("#q2a-microphone button.record").first.click()
+    shown = page.locator("#q2a-trouble p:visible")
+    until(lambda: shown.count() == 1)
+    assert said in shown.inner_text()
+    browser.close()
+
+
+def test_words_stand_as_they_were_typed_and_drafts_stay(visit, model, monkeypatch):
+    """No HTML, no Markdown; the page says its language; an example leaves what was begun alone."""
+    one = visit()
+    one.set()
+    typed = "a <noise> & __b__ 2*3*4 <img src=x>"
+    one.text.fill(typed)
+    one.at("send").click()
+    one.answered(1)
+    question = one.at("chat").locator("[data-testid=user]").last
+    assert question.inner_text().strip() == typed
+    assert one.at("chat").locator("img").count() == 0
+    one.text.fill("begun")
+    one.at("edit").click()
+    until(lambda: one.text.input_value() == f"{typed}\nbegun")
+    one.page.get_by_text("Name a sound").click()
+    one.answered(1)
+    assert one.text.input_value() == f"{typed}\nbegun"
+    assert one.page.get_by_label("Message", exact=True).count() == 1
+    language = "document.documentElement.lang"
+    assert one.page.evaluate(language) == "en"
+    one.at("language").click()
+    until(lambda: one.page.evaluate(language) == "zh")
+
+
 def test_an_answer_streams_and_stops(visit, slow_model):
     one = visit()
     one.set(tokens=1000)

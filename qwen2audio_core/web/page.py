@@ -16,13 +16,15 @@ REMOVE_JS = """element.addEventListener('click', event => {
 # What the page does by itself when it is opened: tell why there is no microphone (style.css shows
 # the line in question, views writes all of them), and say in which language it is.
 OPENED_JS = """() => {
-  const why = reason => { document.documentElement.dataset.q2aMicrophone = reason; };
-  if (!navigator.mediaDevices || !navigator.mediaDevices.getUserMedia) why('insecure');
-  window.addEventListener('unhandledrejection', event => {
-    const name = event.reason && event.reason.name;
-    if (name === 'NotAllowedError') why('refused');
-    if (name === 'NotFoundError' || name === 'NotReadableError') why('missing');
-  });
+  const why = reason => { document.querySelector('#q2a-trouble').dataset.why = reason; };
+  const devices = navigator.mediaDevices;
+  if (!devices || !devices.getUserMedia) why('insecure');
+  else {
+    const ask = devices.getUserMedia.bind(devices);
+    devices.getUserMedia = wanted => ask(wanted).then(
+      sound => { why(''); return sound; },
+      error => { why(error.name === 'NotAllowedError' ? 'refused' : 'missing'); throw error; });
+  }
   const heading = document.querySelector('.q2a-heading');
   const speak = () => {
     const title = heading && heading.querySelector('h1[lang]');
