@@ -244,6 +244,8 @@ class Assistant:
         answers  texts, in which special tokens are tokens (a last "<|im_end|>" has the end weighed
                  too), or ids
         """
+        if isinstance(answers, str):
+            raise InputError(f"answers is {answers!r:.60}; give a list of them")
         texts = [
             self.tokenizer.encode(one, special=True) if isinstance(one, str) else list(one)
             for one in answers

@@ -521,7 +521,7 @@ def _mend_streams() -> None:
         # system's old code page is, unless somebody asks for another encoding.
         sys.stdout.reconfigure(errors="backslashreplace")
         if not sys.stdout.isatty() and not os.environ.get("PYTHONIOENCODING"):
-            sys.stdout.reconfigure(encoding="utf-8")
+            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _fail(line: str) -> int:

@@ -1,5 +1,6 @@
 """Prompts to answers, one token at a time. Simple and readable: what any faster way must equal."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,10 +10,11 @@ import torch
 
 from qwen2audio_core.cache import KVCache
 from qwen2audio_core.chat import Batch, room
-from qwen2audio_core.errors import InputError
+from qwen2audio_core.errors import CheckpointError, InputError
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.reuse import Read, shared
 from qwen2audio_core.sampling import (
+    NOT_FINITE,
     Likelihood,
     Settings,
     check_seed,
@@ -21,7 +23,7 @@ from qwen2audio_core.sampling import (
     log_probabilities,
 )
 
-TOGETHER = 8  # answers that `likelihoods` reads at once
+TOGETHER = 256  # tokens of answers that `likelihoods` reads at once: 160 MB of logits in float32
 
 
 @dataclass
@@ -189,45 +191,63 @@ def likelihoods(
 ) -> list[list[float]]:
     """log p(id | prompt, ids before it) of every id of answers that might follow one prompt.
 
-    The prompt is read once, and the answers TOGETHER at a time.
+    The prompt is read once, and the answers together, as many as make TOGETHER tokens.
 
     batch    of one prompt
     answers  the ids of each
-    errors   InputError for more than one prompt, an empty answer, one that does not fit
+    errors   InputError for more than one prompt, an empty answer, one that does not fit, ids that
+             are none; CheckpointError where logits are not finite
     """
     if len(batch.ids) != 1:
         raise InputError(f"answers are weighed for one prompt, this batch has {len(batch.ids)}")
-    if empty := [i for i, answer in enumerate(answers) if not len(answer)]:
-        raise InputError(f"answers[{empty[0]}] is empty: there is nothing to weigh")
+    words = model.config.text.vocab_size
+    for i, answer in enumerate(answers):
+        if not len(answer):
+            raise InputError(f"answers[{i}] is empty: there is nothing to weigh")
+        for token in answer:
+            check_whole(f"an id of answers[{i}]", token, 0, words - 1)
     weight = model.language_model.model.embed_tokens.weight
     batch, text = batch.to(weight.device), model.config.text
     read = batch.ids.shape[1]
-    longest = max(map(len, answers), default=0)
-    if longest > room(read, text.max_position_embeddings):
-        raise InputError(
-            f"an answer of {longest} tokens behind a prompt of {read} is more than the model's"
-            f" context holds: {text.max_position_embeddings}"
-        )
+    left = room(read, text.max_position_embeddings)
+    for i, answer in enumerate(answers):
+        if len(answer) > left:
+            raise InputError(
+                f"answers[{i}] has {len(answer)} tokens, behind a prompt of {read} more than the"
+                f" model's context holds: {text.max_position_embeddings}"
+            )
     prompt = KVCache(text, 1, read, weight.device, weight.dtype)
     found: list[list[float]] = []
     with torch.inference_mode():
         x = model.embed(batch.ids, batch.mel, batch.conv_frames)
-        first = model.decode(x, cache=prompt, last_only=True)  # (1, 1, V)
-        for some in (answers[i : i + TOGETHER] for i in range(0, len(answers), TOGETHER)):
+        first = model.decode(x, cache=prompt, last_only=True)[:, 0]  # (1, V)
+        for some in _together(answers):
             most = max(map(len, some))
             ids = torch.tensor(
                 [[*answer, *[0] * (most - len(answer))] for answer in some], device=weight.device
             )
-            logits = first.expand(len(some), -1, -1)
+            weights = [log_probabilities(first.expand(len(some), -1), ids[:, 0], 0)[0][:, None]]
             if most > 1:  # what stands behind a shorter answer is read by nobody
                 cache = KVCache(text, len(some), read + most - 1, weight.device, weight.dtype)
                 cache.take(prompt, read)
                 x = model.language_model.model.embed_tokens(ids[:, :-1])
-                logits = torch.cat((logits, model.decode(x, cache=cache)), 1)
-            weights = [
-                log_probabilities(row, own, 0)[0] for row, own in zip(logits, ids, strict=True)
-            ]
-            found += [
-                one[: len(answer)].tolist() for one, answer in zip(weights, some, strict=True)
-            ]
+                logits = model.decode(x, cache=cache).flatten(0, 1)
+                rest = log_probabilities(logits, ids[:, 1:].flatten(), 0)[0]
+                weights.append(rest.view(len(some), -1))
+            rows = torch.cat(weights, 1).tolist()
+            found += [row[: len(answer)] for row, answer in zip(rows, some, strict=True)]
+    if not all(math.isfinite(one) for row in found for one in row):
+        raise CheckpointError(NOT_FINITE)
     return found
+
+
+def _together(answers: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """In their order, as many as make TOGETHER tokens with their padding."""
+    now: list[Sequence[int]] = []
+    for answer in answers:
+        if now and max(map(len, (*now, answer))) * (len(now) + 1) > TOGETHER:
+            yield now
+            now = []
+        now.append(answer)
+    if now:
+        yield now

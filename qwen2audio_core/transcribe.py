@@ -26,13 +26,13 @@ from urllib.parse import unquote, urlsplit
 from torch import Tensor
 
 from qwen2audio_core import audio, chat
-from qwen2audio_core.assistant import Assistant, Reply
+from qwen2audio_core.assistant import Assistant, Reply, StopWriter, change
 from qwen2audio_core.attribution import answered
 from qwen2audio_core.audio_files import source_name
 from qwen2audio_core.chat import Prompt
 from qwen2audio_core.errors import AudioError, CheckpointError, InputError
 from qwen2audio_core.frontend import MAX_SECONDS, SAMPLE_RATE
-from qwen2audio_core.sampling import check_whole
+from qwen2audio_core.sampling import Settings, check_seed, check_whole
 from qwen2audio_core.tokenizer import Tokenizer
 from qwen2audio_core.word_times import Word, is_unspaced, word_times
 
@@ -237,6 +237,12 @@ class _Asking:
     ):
         if unknown := options.keys() & {"answers", "after"}:
             raise InputError(f"a transcript takes no option {min(unknown)!r}")
+        check_seed(options.get("seed"))
+        StopWriter(assistant.tokenizer, options.get("stop"))
+        if options.get("logprobs") is not None:
+            check_whole("logprobs", options["logprobs"], 0)
+        settings = options.keys() - {"seed", "stop", "logprobs"}
+        change(Settings(), **{name: options[name] for name in settings})
         if all(options.get(name) is None for name in ("greedy", "temperature", "top_k", "top_p")):
             options = {**options, "greedy": True}
         self.batch_size = check_whole("batch_size", batch_size, 1)
@@ -396,8 +402,10 @@ def to_json(transcript: Transcript) -> str:
 
 
 def json_line(source: str, transcript: Transcript) -> str:
-    """The same on one line, with its "file" in front."""
-    content = {"file": source_name(source), **_content(transcript)}
+    """The same on one line, with its "file" in front: a path as it was given, a URL without what
+    might be secret in it."""
+    is_url = re.match("[a-z][a-z0-9+.-]*:", source, re.I) and not os.path.exists(source)
+    content = {"file": source_name(source) if is_url else source, **_content(transcript)}
     return json.dumps(content, ensure_ascii=False) + "\n"
 
 
@@ -508,7 +516,7 @@ class Outcome:
 
 def run(
     assistant: Assistant,
-    files: Sequence[str | os.PathLike[str]],
+    files: Iterable[str | os.PathLike[str]],
     folder: str | Path | None = None,
     formats: Iterable[str] = ("txt",),
     *,
@@ -539,8 +547,9 @@ def run(
     kinds = kinds_of(formats)
     scribe = Scribe(assistant.tokenizer, language, prompt, translate)
     ask = _Asking(assistant, scribe, batch_size, words, notice, options)
-    if isinstance(files, str | bytes | os.PathLike):
+    if isinstance(files, str | bytes | os.PathLike) or not isinstance(files, Iterable):
         raise InputError(f"files is {files!r:.60}; give a list of them")
+    files = list(files)
     for file in files:
         if not isinstance(file, str | os.PathLike):
             raise InputError(f"{type(file).__name__} is no file's name: samples go to transcribe()")
@@ -565,17 +574,24 @@ def run(
         recordings = {one: source for source, one in group if isinstance(one, _Recording)}
         written = {one: told(one, source) for one, source in recordings.items()}
         waiting = deque(group)
-        for moved in itertools.chain(((),), ask.about(list(recordings))):
-            written |= {one: told(one, recordings[one]) for one in moved}
-            while waiting:
-                source, one = waiting[0]
-                if isinstance(one, AudioError):
-                    yield Outcome(source, error=str(one))
-                elif one.finished:
-                    yield Outcome(source, one.transcript(), written[one])
-                else:
-                    break
-                waiting.popleft()
+
+        def outcome(source: str, one: _Recording | AudioError) -> Outcome:
+            if isinstance(one, AudioError):
+                return Outcome(source, error=str(one))
+            return Outcome(source, one.transcript(), written[one])
+
+        try:
+            for moved in itertools.chain(((),), ask.about(list(recordings))):
+                written |= {one: told(one, recordings[one]) for one in moved}
+                while waiting and (isinstance(waiting[0][1], AudioError) or waiting[0][1].finished):
+                    yield outcome(*waiting.popleft())
+        except GeneratorExit:
+            raise
+        except BaseException:  # Ctrl-C too: what is finished is not lost with the rest
+            for source, one in waiting:
+                if isinstance(one, AudioError) or (one in written and one.finished):
+                    yield outcome(source, one)
+            raise
 
     group: list[tuple[str, _Recording | AudioError]] = []
     held = count = 0.0  # s of sound, and windows

@@ -269,10 +269,10 @@ def split_words(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, lis
             words.append((opening + letter, tokens))
             opening, held = "", []
         touches, joins = True, not alone
-    if opening:
-        words.append(
-            (f"{words[-1][0]} {opening}", words.pop()[1]) if words else (opening.rstrip(), held)
-        )
+    if opening and words:
+        words[-1] = (f"{words[-1][0]} {opening}", words[-1][1])
+    elif opening:
+        words.append((opening.rstrip(), held))
     return [
         (text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), sorted(set(tokens)))
         for text, tokens in words

@@ -24,8 +24,9 @@ esac
 only=${2:-}
 minutes=${MINUTES:-10}
 case $minutes in
-    *[!0-9]* | ??? | 0 | "") echo "error: MINUTES is $minutes; give whole minutes, 1 to 99" >&2; exit 2 ;;
+    *[!0-9]* | ??? | 0* | "") echo "error: MINUTES is $minutes; give whole minutes, 1 to 99" >&2; exit 2 ;;
 esac
+[ "$(uname)" = Linux ] || { echo "error: the report needs Linux" >&2; exit 2; }
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.." || exit 2

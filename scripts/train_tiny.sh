@@ -57,7 +57,7 @@ if [ -f "$data/engines.jsonl" ]; then
     engines=("$data/engines.jsonl") some_engines=("$data/engines.jsonl@0.5")
 fi
 say "pretraining"
-"${train[@]}" "$data/pretrain.jsonl" "$data/words.jsonl" "${engines[@]}" --stage pretrain \
+"${train[@]}" "$data/pretrain.jsonl" "$data/words.jsonl" ${engines[@]+"${engines[@]}"} --stage pretrain \
     --model "$out/begin" --out "$out/pretrain" --valid "$data/valid-pretrain.jsonl" \
     --minutes "${PRETRAIN_MINUTES:-$(times 105 0.5)}" --lr 1e-3 --batch-tokens 3000 \
     --sounds "$data/phones.jsonl" --listen-steps "$(times 250 5 | cut -d. -f1)" \
@@ -65,7 +65,7 @@ say "pretraining"
 
 say "fine-tuning"
 "${train[@]}" "$data/sft.jsonl" "$data/pretrain.jsonl@0.3" "$data/words.jsonl@0.4" \
-    "${some_engines[@]}" --stage sft \
+    ${some_engines[@]+"${some_engines[@]}"} --stage sft \
     --model "$out/pretrain/model" --out "$out/sft" --valid "$data/valid-sft.jsonl" \
     --minutes "${SFT_MINUTES:-$(times 45 0.5)}" --lr 8e-4 --warmup 50 --batch-tokens 3600 \
     --sounds "$data/phones.jsonl" --sounds-weight 0.4 --attend-weight 0.3 --auxiliary-until 0.95 \
@@ -77,7 +77,7 @@ say "fine-tuning"
 # pretraining: with a third of them the model came to hear worse.
 say "short answers"
 "${train[@]}" "$data/drills.jsonl" "$data/sft.jsonl@0.3" "$data/pretrain.jsonl@0.5" \
-    "$data/words.jsonl@0.3" "${some_engines[@]}" --stage sft \
+    "$data/words.jsonl@0.3" ${some_engines[@]+"${some_engines[@]}"} --stage sft \
     --model "$out/sft/model" --out "$out/short" --valid "$data/valid-sft.jsonl" \
     --minutes "${SHORT_MINUTES:-$(times 30 0.5)}" --lr 6e-4 --warmup 30 --batch-tokens 3600 \
     --mean-over rows --voice 0.08

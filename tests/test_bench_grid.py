@@ -314,7 +314,7 @@ def test_a_report_on_a_gpu_runs_these_commands(tmp_path: Path) -> None:
     assert report(fake, tmp_path / "alone", "model").returncode == 0
     asked = (tmp_path / "asked").read_text().splitlines()[len(asked) + 1 :]
     assert [budget(line) for line in asked if "--budget" in line] == [405, 607, 513]
-    for wrong in ("0", "ten", "1.5", "100", "-3"):
+    for wrong in ("0", "00", "08", "ten", "1.5", "100", "-3"):
         done = report(fake, tmp_path / "wrong", MINUTES=wrong)
         assert done.returncode == 2 and "MINUTES is " in done.stderr
     assert not (tmp_path / "wrong").exists()

@@ -292,6 +292,11 @@ def test_a_terminal_that_knows_few_letters():
     )
     whole = piped.stdout.decode().strip()
     assert piped.returncode == 0 and not whole.isascii()
+    words = ["rows", CLIPS / "clips.json", "--out", os.fsdecode(b"no\xff")]
+    done = subprocess.run(
+        [sys.executable, "-m", "qwen2audio_core", *map(str, words)], capture_output=True
+    )
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
     assert json.loads(said.replace("\\\\u", "\\u")) == whole
 
 

@@ -12,7 +12,7 @@ import torch
 
 from qwen2audio_core import chat, tiny
 from qwen2audio_core.assistant import Assistant, StopWriter, change, load, user_turn
-from qwen2audio_core.errors import AudioError, InputError, Notice, PromptError
+from qwen2audio_core.errors import AudioError, CheckpointError, InputError, Notice, PromptError
 from qwen2audio_core.generate import TOGETHER, Generation, generate, likelihoods
 from qwen2audio_core.sampling import Settings
 
@@ -90,7 +90,10 @@ def test_answers_that_it_did_not_write_are_weighed(assistant):
     batch = chat.collate([prompt], 0)
     texts = ["A dog.", "x", "A dog is barking in the yard<|im_end|>", "猫"] * 3
     found = assistant.score(prompt, texts)
-    assert len(found) == 12 > TOGETHER and found[:2] == found[4:6]
+    assert len(found) == 12
+    assert [pytest.approx(one, abs=1e-4) for one in found[:4]] == found[4:8]
+    many = assistant.score(prompt, ["A dog is barking in the yard."] * 20)
+    assert sum(map(len, many)) > 2 * TOGETHER and len(many) == 20
     for text, weights in zip(texts[:4], found, strict=False):
         ids = assistant.tokenizer.encode(text, special=True)
         with torch.inference_mode():
@@ -107,8 +110,20 @@ def test_answers_that_it_did_not_write_are_weighed(assistant):
     assert assistant.score(prompt, []) == []
     with pytest.raises(InputError, match=r"answers\[1\] is empty"):
         assistant.score(prompt, ["a", ""])
-    with pytest.raises(InputError, match="is more than the model's context holds: 8192"):
-        assistant.score(prompt, [[1] * 8192])
+    with pytest.raises(InputError, match=r"answers\[1\] has 8192 tokens, .* context holds: 8192"):
+        assistant.score(prompt, ["a", [1] * 8192])
+    with pytest.raises(InputError, match="give a list of them"):
+        assistant.score(prompt, "a bell")
+    for wrong in (99_999_999, -1, 1.5):
+        with pytest.raises(InputError, match=r"an id of answers\[0\] is "):
+            assistant.score(prompt, [[1, wrong]])
+    broken = assistant.model.language_model.lm_head
+    hook = broken.register_forward_hook(lambda *words: words[-1] * float("nan"))
+    try:
+        with pytest.raises(CheckpointError, match="not finite"):
+            assistant.score(prompt, ["a"])
+    finally:
+        hook.remove()
     with pytest.raises(InputError, match="this batch has 2"):
         likelihoods(assistant.model, chat.collate([prompt] * 2, 0), [[1]])
 

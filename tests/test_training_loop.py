@@ -290,15 +290,24 @@ def test_without_matplotlib_a_line_says_that_nothing_was_drawn(
 
 
 def test_the_rate_rises_and_falls(base, data, tmp_path) -> None:
-    run = a_run(base, [data], tmp_path, lr=1.0, warmup=10, floor=0.1)
+    run = a_run(base, [data], tmp_path, lr=1.0, warmup=10, floor=0.1, steps=100)
     rates = []
     for step in range(101):
         run.progress.step = step
         rates.append(run._set_rate(step / 100))
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
-    half = math.cos(math.pi * (50 - 9) / (100 - 9))  # down from where the last rise was
-    assert rates[50] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + half))
+    half = math.cos(math.pi * (50 - 10) / (100 - 10))
+    assert rates[50] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + half)) and rates[10] == 1.0
     assert rates[100] == pytest.approx(0.1) and rates[9:] == sorted(rates[9:], reverse=True)
+    run.settings = replace(run.settings, steps=1000)  # goes on for longer: it does not rise again
+    run.progress.step = 101
+    assert run._set_rate(0.1) < 1.0 and run._set_rate(0.5) < run._set_rate(0.1)
+    timed = a_run(base, [data], tmp_path / "timed", lr=1.0, warmup=10, steps=None, minutes=1.0)
+    timed.progress.step, timed._began = 9, time.perf_counter() - 6  # a tenth of the time
+    assert timed._set_rate(0.1) == 1.0
+    timed.progress.step = 10
+    assert timed._set_rate(0.1) == pytest.approx(1.0, abs=1e-3)
+    assert timed._set_rate(0.55) == pytest.approx(0.5, abs=1e-2)
 
 
 def test_a_rate_that_is_not_reached_is_told(base, data, tmp_path, capfd) -> None:
@@ -537,7 +546,9 @@ def test_going_on_with_other_rows_in_the_same_file_is_told(base, data, tmp_path,
     assert "whose data had 6 rows and have changed since" in capfd.readouterr().err
 
 
-def test_a_run_does_not_go_on_with_another_model_or_other_parts_of_it(base, data, tmp_path) -> None:
+def test_a_run_does_not_go_on_with_another_model_or_other_parts_of_it(
+    base, data, tmp_path, capfd
+) -> None:
     """Nothing that was trained may be lost, or stand over weights that it was not trained on."""
     full, adapted = {"out": tmp_path / "full"}, {"out": tmp_path / "lora", "adapter": Adapter()}
     for kept in (full, adapted):
@@ -553,6 +564,11 @@ def test_a_run_does_not_go_on_with_another_model_or_other_parts_of_it(base, data
         with pytest.raises(InputError, match=said) as caught:
             a_run(base, [data], **{**kept, **more})
         assert "\n" not in str(caught.value)
+    moved = checkpoint(tmp_path / "moved")
+    a_run(moved, [data], tmp_path / "run").save()
+    os.rename(moved, tmp_path / "elsewhere")
+    a_run(str(tmp_path / "elsewhere"), [data], tmp_path / "run")
+    assert "moved, which is not there any more: " in capfd.readouterr().err
     with pytest.raises(InputError, match=r"with model .*/base.*, not .*/other: choose"):
         a_run(other, [data], **full)
     a_run(str(Path(base) / ".." / Path(base).name), [data], **full)  # the same by another name
@@ -658,8 +674,6 @@ def test_a_gradient_that_is_no_number_is_skipped_and_ten_are_an_error(
         run.step([batch], 0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, run.trained, strict=True))
     assert "step 0: the gradient is not finite, nothing is changed" in capfd.readouterr().err
-    run.save()
-    assert not run.result.exists() and not saved.checkpoints(tmp_path)  # nor is anything kept
     with pytest.raises(InputError, match="not been finite for 10 steps"):
         run.step([batch], 0.0)
     figures = {"loss": math.nan, "audio_seconds": 1.0, "tokens": 1, "lr": 0.1, "step_seconds": 1.0}
@@ -687,6 +701,27 @@ def test_batches_without_a_usable_row_are_passed_over(base, tmp_path, capfd) -> 
     write_lines(tmp_path / "rows.jsonl", rows[:5])
     with pytest.raises(InputError, match=r"an epoch hold no row that can be used: .*:\d: .*gone"):
         a_run(base, [file], tmp_path / "none", steps=2, batch_seconds=0.1).go()
+
+
+def test_a_last_step_without_a_gradient_still_ends_with_a_result(
+    base, data, tmp_path, monkeypatch
+) -> None:
+    clip, calls = parallel.clip_gradients, []
+
+    def broken(*words) -> float:
+        calls.append(1)
+        return math.nan if len(calls) == 3 else clip(*words)
+
+    monkeypatch.setattr(parallel, "clip_gradients", broken)
+    result = loop.train(settings(base, [data], tmp_path / "run", steps=3, save_every=100))
+    assert result.exists() and len(saved.checkpoints(tmp_path / "run")) == 1
+
+
+def test_answers_are_shown_at_every_evaluation(base, data, tmp_path, capfd) -> None:
+    loop.train(
+        settings(base, [data], tmp_path, steps=2, valid=data, samples=2, eval_every=1, lr=1e-9)
+    )
+    assert capfd.readouterr().err.count(" -> ") == 4
 
 
 def test_what_cannot_be_measured_is_no_perfect_score(base, data, tmp_path, capfd) -> None:

@@ -199,8 +199,7 @@ def test_texts_and_clips_without_the_other_are_named(tmp_path) -> None:
     found = list(make(folder, "x", "asr", said.append))
     assert [Path(row["audio"]).name for row in found] == ["a.wav", "c.AIFF", "d.flac"]
     assert said == [
-        f"{folder}: left out, 4 .txt without a clip of the same name: e.txt, f.txt, g.txt"
-        " and 1 more",
+        f"{folder}: left out, 4 .txt without a clip of that name: e.txt, f.txt, g.txt and 1 more",
         f"{folder}: left out, 1 clips over 30 s, cut them into pieces: b.oga",
     ]
 
@@ -219,7 +218,7 @@ def test_a_folder_that_makes_no_rows_is_one_line(run, tmp_path) -> None:
     assert said.startswith("no clip here, looked for .3g2") and ".aiff, " in said
     for name in ("a", "b", "c", "d", "deep/e"):
         tone(folder / f"{name}.wav", 300, 0.5)
-    assert refused(folder / "a.wav") == "not a folder"
+    assert refused(folder / "a.wav") == "not a folder, nor a table (tsv, csv)"
     no_text = "with no .txt of the same name"
     assert refused() == f"of 5 clips, 5 {no_text}: a.wav, b.wav, c.wav and 2 more"
     (folder / "a.txt").write_text("eins")
@@ -247,7 +246,7 @@ def test_what_real_folders_hold(run, tmp_path) -> None:
     (folder / "c.wav").write_text("no sound")
     for name in "bc":
         (folder / f"{name}.txt").write_text("x")
-    with pytest.raises(InputError, match=r"b\.wav: too short to be heard; and 1 more cannot be"):
+    with pytest.raises(InputError, match=r"b\.wav: too short to be heard; and 1 more: c\.wav$"):
         list(make(folder, "x", "asr", print))
     tone(folder / "b.flac", 300, 0.5)
     (folder / "c.txt").write_bytes("zwölf".encode("utf-16-le"))
@@ -272,7 +271,7 @@ def test_librispeech_and_common_voice(run, tmp_path) -> None:
     (chapter / "clips").mkdir(parents=True)
     for name in ("1-2-0000.wav", "1-2-0001.wav", "clips/a.wav", "clips/b.wav"):
         tone(chapter / name, 300, 0.5)
-    lines = "1-2-0000 HELLO THERE\n1-2-0001 GOOD BYE\n"
+    lines = "1-2-0000 HELLO THERE\n1-2-0001 GOOD BYE\n1-2-0002 LOST\n"
     (chapter / "1-2.trans.txt").write_text(lines)
     with pytest.raises(
         InputError, match=r"of 4 clips, 2 with no .txt of the same name: 1/2/clips/a"
@@ -282,7 +281,8 @@ def test_librispeech_and_common_voice(run, tmp_path) -> None:
         (chapter / "clips" / f"{name}.txt").write_text(name)
     said: list[str] = []
     found = list(make(tmp_path / "LibriSpeech", "x", "asr", said.append))
-    assert [row["gt"] for row in found] == ["HELLO THERE", "GOOD BYE", "a", "b"] and not said
+    assert [row["gt"] for row in found] == ["HELLO THERE", "GOOD BYE", "a", "b"]
+    assert "1 lines of .trans.txt without a clip of that name: 1/2/1-2-0002" in said.pop()
 
     def table(name: str, text: str) -> Path:
         path = chapter / name
@@ -295,6 +295,10 @@ def test_librispeech_and_common_voice(run, tmp_path) -> None:
     found = list(make(voice, "x", "asr", said.append))
     assert [row["gt"] for row in found] == ['"Ja, sagte er', "Nein"]
     assert found[0]["audio"] == str((chapter / "clips" / "a.wav").resolve())
+    with pytest.raises(InputError, match="no table"):
+        list(
+            make(table("open.csv", 'path,text\na.wav,"never closed\nb.wav,x\n'), "x", "asr", print)
+        )
     hub = table("metadata.csv", 'file_name,transcription\nclips/a.wav,"one, two"\n')
     assert [row["gt"] for row in make(hub, "x", "asr", said.append)] == ["one, two"]
     out = run("rows", voice, "--out", tmp_path / "data")
@@ -305,6 +309,7 @@ def test_librispeech_and_common_voice(run, tmp_path) -> None:
         ("path\tsentence\na.wav\t \n", "1 with an empty text: line 2"),
         ("path\tsentence\n", "no rows below the head line"),
         ("", "its columns are none"),
+        (f"path\tsentence\n{'x' * 5000}\tx\n", "1 with no clip there: line 2"),
     ):
         with pytest.raises(InputError, match=re.escape(why)) as caught:
             list(make(table("t.tsv", text), "x", "asr", print))
@@ -359,7 +364,7 @@ def test_a_check_that_finds_bad_rows_ends_with_2(base, run, tmp_path) -> None:
     file = write_lines(tmp_path / "rows.jsonl", [*rows, "{"])
     printed = run("train", file, "--model", base, "--check", "--show", 1, code=2)
     assert "3 good, 1 bad" in printed and "<|audio_eos|>" in printed
-    assert printed.endswith("error: bad rows: 1; training would leave them out\n")
+    assert printed.endswith("error: bad rows: 1; training leaves out those it cannot read\n")
 
 
 def test_a_check_compares_what_rows_say_of_their_length(base, run, tmp_path) -> None:
@@ -379,7 +384,7 @@ def test_a_check_reads_the_rows_to_measure_on_too(base, run, tmp_path) -> None:
     printed = run(*words, bad, code=2)
     assert "rows            3 good, 0 bad\nto measure on   3 good, 2 bad" in printed
     assert f"bad  {bad}:4: " in printed and f"bad  {bad}:5: not JSON" in printed
-    assert printed.endswith("error: bad rows: 2; training would leave them out\n")
+    assert printed.endswith("error: bad rows: 2; training leaves out those it cannot read\n")
 
 
 def test_a_check_counts_the_batches_that_a_run_has(base, tmp_path) -> None:

@@ -466,6 +466,14 @@ def test_json():
     }
 
 
+def test_a_line_names_its_file_as_it_was_given():
+    long = "n" * 300 + ".flac"
+    for source, name in ((long, long), ("https://u:p@host/a.wav?key=1", "https://host/a.wav")):
+        line = transcribe.json_line(source, EXAMPLE)
+        assert line.count("\n") == 1 and json.loads(line)["file"] == name
+        assert json.loads(line)["text"] == EXAMPLE.text
+
+
 def test_times_round_up_into_the_next_minute_and_pass_a_hundred_hours():
     cue = Transcript([Segment(59.9996, 360_000.25, "x", None, [], "stop")], None, 1.0, {})
     assert "00:01:00,000 --> 100:00:00,250" in transcribe.to_srt(cue)
@@ -592,10 +600,16 @@ def test_what_is_no_list_of_files(tokenizer, tmp_path):
         ("talk.wav", "give a list"),
         (tmp_path / "talk.wav", "give a list"),
         ([(torch.zeros(RATE), RATE)], "tuple is no file's name"),
+        (5, "give a list"),
     ):
         with pytest.raises(InputError, match=message):
             next(transcribe.run(Fake(tokenizer, []), files))
     path = write_wav(tmp_path / "x.wav")
+    (outcome,) = transcribe.run(Fake(tokenizer, ["x"]), tmp_path.glob("*.wav"))
+    assert outcome.transcript.text == "x"
+    for wrong in ({"temprature": 1}, {"seed": "x"}, {"logprobs": "x"}, {"stop": 3}):
+        with pytest.raises(InputError):
+            next(transcribe.run(Fake(tokenizer, []), [tmp_path / "none.wav"], **wrong))
     with pytest.raises(InputError, match=r"x\.wav: named twice"):
         next(transcribe.run(Fake(tokenizer, []), [path, path], tmp_path / "out"))
     (tmp_path / "out" / "x.json").mkdir(parents=True)
@@ -645,14 +659,16 @@ def test_what_would_hit_every_file_is_raised_at_once(tokenizer, tmp_path, wrong)
 
 def test_ctrl_c_keeps_the_files_that_are_finished(tokenizer, tmp_path):
     files = [write_wav(tmp_path / f"{name}.wav") for name in "abc"]
+    # The first is the longest, and would have its turn last.
+    write_wav(files[0], 2.0)
     outcomes = []
     with pytest.raises(KeyboardInterrupt):
         for outcome in transcribe.run(
-            Fake(tokenizer, ["first", "interrupt"]), files, tmp_path / "out", "all", batch_size=1
+            Fake(tokenizer, ["second", "interrupt"]), files, tmp_path / "out", "all", batch_size=1
         ):
             outcomes.append(outcome)
-    assert len(outcomes) == 1
-    assert names(tmp_path / "out") == [f"a.{kind}" for kind in sorted(transcribe.FORMATS)]
+    assert [outcome.transcript.text for outcome in outcomes] == ["second"]
+    assert names(tmp_path / "out") == [f"b.{kind}" for kind in sorted(transcribe.FORMATS)]
 
 
 @pytest.mark.parametrize(

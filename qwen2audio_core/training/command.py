@@ -206,7 +206,7 @@ def train(
         if show:
             typer.echo(inspect.masks(settings, show))
         if bad:
-            raise InputError(f"bad rows: {bad:,}; training would leave them out")
+            raise InputError(f"bad rows: {bad:,}; training leaves out those it cannot read")
         return
     if steps is None and minutes is None:
         raise InputError("say when the run ends: --steps or --minutes")
@@ -257,6 +257,8 @@ def rows(
             raise InputError(
                 f"{file}: is there already; choose another folder, or replace it with --overwrite"
             )
+    if not f"{prompt}{source}".isprintable():
+        raise InputError("the prompt or the source holds what is no text")
     found = list(make(Path(folder), prompt, source, note))
     if not found:
         raise InputError(f"{folder}: no clip of at most 30 s")

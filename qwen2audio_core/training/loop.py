@@ -104,6 +104,8 @@ class Settings:
             raise InputError(f"mean_over is {self.mean_over!r}, expected tokens or rows")
         if self.mean_over == "rows" and self.stage == "dpo":
             raise InputError("mean_over rows is for pretrain and sft: dpo's loss is of pairs")
+        if self.minutes is not None and not self.minutes > 0:
+            raise InputError(f"minutes is {self.minutes}, it must be above 0")
         for name in ("lr", "clip", "batch_seconds", "batch_tokens"):
             if math.isinf(getattr(self, name)):
                 raise InputError(f"{name} is {getattr(self, name)}, it must be a number")
@@ -395,7 +397,7 @@ class Progress:
     tokens: int = 0
     bad: int = 0  # rows met that could not be used
     alphabet: str | None = None
-    warm: float = 0.0  # the part of the run at which the rate had risen
+    warm: float = 0.0  # s at which the rate had risen
     stage: str = ""  # what it was and read, for a run that goes on otherwise
     data: list[str] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)  # data.Rows.about
@@ -418,16 +420,25 @@ FREE = (
 
 def _check_same(before: dict[str, Any], settings: Settings, place: Path) -> None:
     """InputError where a run would go on with another model, or with other parts of it."""
-    now = json.loads(json.dumps(asdict(settings)))
+    now = _written(settings)
     for name in FIXED:
         was, is_ = before.get(name, now[name]), now[name]
-        if name == "model" and Path(was).exists() and Path(is_).exists():
-            was, is_ = str(Path(was).resolve()), str(Path(is_).resolve())
-        if was != is_:
+        gone = name == "model" and not hub.is_id(was) and was not in ("tiny", "random")
+        if gone and not Path(was).exists():
+            note(f"the run began with {was}, which is not there any more: {is_} has to be the same")
+        elif was != is_:
             raise InputError(
                 f"{place} is of a run with {name} {_short(was)}, not {_short(is_)}: choose another"
                 " --out, or give what it was"
             )
+
+
+def _written(settings: Settings) -> dict[str, Any]:
+    """As a checkpoint keeps them; a model's folder with its whole path."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    if Path(settings.model).is_dir():
+        found["model"] = str(Path(settings.model).resolve())
+    return found
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
@@ -465,7 +476,7 @@ class Run:
             stage=settings.stage,
             data=list(settings.data),
             rows=rows.about,
-            settings=json.loads(json.dumps(asdict(settings))),
+            settings=_written(settings),
         )
         if self.progress.alphabet is None:
             common = rows.characters.most_common(4000)
@@ -617,11 +628,17 @@ class Run:
         """Up in a line for the warm-up's steps, then down as half a cosine over what is left."""
         settings, progress = self.settings, self.progress
         if progress.step < settings.warmup:
-            progress.warm = part
+            if settings.minutes is not None:
+                progress.warm = self.group.from_first(time.perf_counter() - self._began)
             lr = settings.lr * (progress.step + 1) / settings.warmup
         else:
-            left = (part - progress.warm) / max(1e-9, 1 - progress.warm)
-            shape = 0.5 * (1 + math.cos(math.pi * left))
+            risen = 0.0  # the part of the run at which it had
+            if settings.steps is not None:
+                risen = settings.warmup / max(1, settings.steps)
+            if settings.minutes is not None:
+                risen = max(risen, progress.warm / (60 * settings.minutes))
+            over = min(1.0, max(0.0, (part - risen) / max(1e-9, 1 - risen)))
+            shape = 0.5 * (1 + math.cos(math.pi * over))
             lr = settings.lr * (settings.floor + (1 - settings.floor) * shape)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -832,8 +849,6 @@ class Run:
         result again; the other way round it would be over without one.
         """
         settings, group = self.settings, self.group
-        if self._failures:
-            return  # what may be ruined takes no place of what is whole
         self.out.mkdir(parents=True, exist_ok=True)
         self._write_result()
         checkpoint.save(

@@ -36,10 +36,11 @@ class Report:
 
     def note(self, line: str) -> None:
         if not self.quiet:
-            self.warn(line)
+            print(line, file=sys.stderr, flush=True)
 
     def warn(self, line: str) -> None:
-        """A note from any process: each of them meets other rows. Once: they come every epoch."""
+        """A note on a row, from any process: each of them meets other ones. Once: every row comes
+        again in every epoch."""
         if line not in self._told:
             self._told.add(line)
             print(line, file=sys.stderr, flush=True)
@@ -77,6 +78,8 @@ class Report:
         )
 
     def evaluation(self, progress: dict[str, Any], figures: dict[str, Any]) -> None:
+        if not figures:
+            return
         self._write("valid", progress, figures)
         numbers = [f"{key} {value:.4f}" for key, value in figures.items() if key != "samples"]
         self.note(f"step {progress['step']}  " + "  ".join(numbers))
@@ -141,8 +144,8 @@ class Report:
         try:
             if plot(self.out) is None:
                 self.note(f"{file} was not drawn, that needs matplotlib: {install.extra('train')}")
-        except OSError as error:  # all that was trained is written
-            self.note(f"{file} was not drawn ({error.strerror or error})")
+        except (OSError, ValueError) as error:  # all that was trained is written
+            self.note(f"{file} was not drawn ({getattr(error, 'strerror', None) or error})")
 
 
 def _board(out: Path, forgotten: int | None = None) -> Any:

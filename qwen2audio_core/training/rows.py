@@ -46,13 +46,15 @@ def make(place: Path, prompt: str, source: str, notice: Notice) -> Iterator[dict
     folder = place.parent if is_table else place
     long: list[str] = []
     broken: list[str] = []
+    first = ""  # what is wrong with the first of them
     for clip, text in found:
         try:
             samples = len(audio.load(str(clip)))
             if not clip_lengths(min(samples, MAX_SAMPLES)).audio_tokens:
                 raise InputError(f"{clip}: too short to be heard")
         except InputError as error:
-            broken.append(str(error))
+            first = first or str(error)
+            broken.append(_name(clip, folder))
             continue
         if samples > MAX_SAMPLES:
             long.append(_name(clip, folder))
@@ -65,8 +67,8 @@ def make(place: Path, prompt: str, source: str, notice: Notice) -> Iterator[dict
                 "seconds": round(samples / SAMPLE_RATE, 3),
             }
     if broken:
-        others = f"; and {len(broken) - 1} more cannot be read" if len(broken) > 1 else ""
-        raise InputError(f"{broken[0]}{others}")
+        others = f"; and {len(broken) - 1} more: {', '.join(broken[1:])}" if broken[1:] else ""
+        raise InputError(f"{first}{others}")
     if long:
         notice(
             f"{place}: left out, {len(long)} clips over {MAX_SECONDS} s, cut them into pieces:"
@@ -76,7 +78,8 @@ def make(place: Path, prompt: str, source: str, notice: Notice) -> Iterator[dict
 
 def _of_folder(folder: Path, notice: Notice) -> list[Said]:
     if not folder.is_dir():
-        raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+        what = "not a folder, nor a table (tsv, csv)" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: {what}")
     files = sorted(
         path
         for path in folder.rglob("*")
@@ -122,16 +125,18 @@ def _of_folder(folder: Path, notice: Notice) -> list[Said]:
         else:
             bad.add("no .txt of the same name", clip)
     bad.tell(f"of {len(clips)} clips, ")
-    alone = [file for key, file in texts.items() if key not in owners]
-    if alone:
-        names = few([_name(path, folder) for path in alone])
-        notice(f"{folder}: left out, {len(alone)} .txt without a clip of the same name: {names}")
+    for kind, keys in ((".txt", texts), (f"lines of {LINES}", lines)):
+        alone = [texts.get(key, key) for key in keys if key not in owners]
+        if alone:
+            names = few([_name(path, folder) for path in alone])
+            notice(f"{folder}: left out, {len(alone)} {kind} without a clip of that name: {names}")
     return found
 
 
 def _of_table(file: Path) -> list[Said]:
     # Common Voice writes quotation marks as they are.
-    form: Any = {"quoting": csv.QUOTE_NONE} if file.suffix.lower() == ".tsv" else {}
+    plain = file.suffix.lower() == ".tsv"
+    form: Any = {"quoting": csv.QUOTE_NONE} if plain else {"strict": True}
     found, bad = [], _Faults(file)
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
@@ -147,7 +152,7 @@ def _of_table(file: Path) -> list[Said]:
             for row in table:
                 name = (row[named] or "").strip()
                 places = (file.parent / name, file.parent / "clips" / name)
-                clip = next((place for place in places if name and place.is_file()), None)
+                clip = next((place for place in places if name and _is_file(place)), None)
                 where = Path(f"line {table.line_num}")
                 if clip is None:
                     bad.add(f"no such clip as {name or 'an empty name'}", where, "no clip there")
@@ -212,6 +217,13 @@ def _name(path: Path, folder: Path) -> str:
     """Below the folder; one that is not UTF-8 with marks in the place of what is not."""
     shown = path.relative_to(folder) if path.is_relative_to(folder) else path
     return os.fsencode(shown).decode(errors="replace")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no name at all: too long, or with a null in it
+        return False
 
 
 def _is_unicode(path: Path) -> bool:
