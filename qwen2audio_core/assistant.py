@@ -341,8 +341,9 @@ class Latest:
         stream = None
         try:
             stream = assistant.stream_prompts([prompt], after=before, **options)
-        except torch.OutOfMemoryError:
-            if before is None:
+        except RuntimeError as error:
+            full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+            if before is None or not full:
                 raise
         if stream is None:  # there is no room for both
             del before

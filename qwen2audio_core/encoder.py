@@ -102,5 +102,6 @@ class AudioEncoder(nn.Module):
         for layer in self.layers:
             x = layer(x, key_end)
         # Two positions to one token; a last odd one is heard by the layers, then dropped.
-        x = F.avg_pool1d(x.transpose(1, 2), kernel_size=2, stride=2).transpose(1, 2)  # (n, A, Da)
-        return self.layer_norm(x)
+        # Contiguous: of anything else a Mac's GPU gives wrong means or gradients (pytorch #175190).
+        x = F.avg_pool1d(x.transpose(1, 2).contiguous(), kernel_size=2, stride=2)
+        return self.layer_norm(x.transpose(1, 2))  # (n, A, Da)

@@ -21,6 +21,7 @@ from qwen2audio_core.sampling import (
     check_whole,
     choose,
     log_probabilities,
+    seeded,
 )
 
 TOGETHER = 256  # tokens of answers that `likelihoods` reads at once: 160 MB of logits in float32
@@ -74,7 +75,7 @@ class Generation:
         self.logprobs = logprobs
         weight = model.language_model.model.embed_tokens.weight  # the head's may be codes
         self.device = device = weight.device
-        self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        self.generator = None if seed is None else seeded(device, seed)
         batch = batch.to(device)
         ids, mask = batch.ids, batch.attention_mask
         longest = int(mask.sum(-1).max())
@@ -162,6 +163,8 @@ class Generation:
         yield
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
         self.seconds[stage] += time.perf_counter() - began
 
 

@@ -1,7 +1,21 @@
 """The linear and embedding layers of the model: torch.nn's, with a slot for the arithmetic."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from qwen2audio_core.ops import on_mps
+
+
+def in_rows(
+    op: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """op(x, weight, bias) of x (..., K); on a Mac's GPU of x (M, K), where the product of half
+    precision in three dimensions is slow, on an M5 wrong (pytorch #189847, #180776)."""
+    if x.ndim <= 2 or not on_mps(x):
+        return op(x, weight, bias)
+    return op(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
 class Drawn:
@@ -28,4 +42,4 @@ class Linear(Drawn, nn.Linear):
         self.linear_op = F.linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_op(x, self.weight, self.bias)
+        return in_rows(self.linear_op, x, self.weight, self.bias)

@@ -262,6 +262,8 @@ def fused_attention(
     q (B, T, H, C), k and v (B, S, G, C), visible (B, 1, T, S) or None; returns (B, T, H, C).
     A single query on a CPU runs in float32 at least, but in bfloat16 with NARROW_PRODUCTS.
     """
+    if on_mps(q):
+        return _attention_on_mps(q, k, v, visible, is_causal)
     dtype = q.dtype
     if (
         q.shape[1] == 1
@@ -278,6 +280,33 @@ def fused_attention(
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return y.transpose(1, 2).to(dtype)
+
+
+def on_mps(x: Tensor) -> bool:
+    """Whether it lies on a Mac's GPU: on none of the devices that the model is at home on."""
+    return x.device.type not in ("cpu", "cuda", "meta")
+
+
+def _attention_on_mps(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, is_causal: bool
+) -> Tensor:
+    """Row by row, and the mask written out. There torch up to 2.12 lets a causal query of half
+    precision see what comes (pytorch #195910), takes the wrong keys where a batch's lie transposed
+    and there are up to 8 queries (#181133), and a mask's first row for all (#184180)."""
+    if is_causal:
+        visible = visible_keys(q.shape[1], k.shape[1], True, None, None, q.device)
+    rows = []
+    for i in range(len(q)):
+        mask = None if visible is None else visible[min(i, len(visible) - 1)][None]
+        y = F.scaled_dot_product_attention(
+            q[i, None].transpose(1, 2),
+            k[i, None].transpose(1, 2),
+            v[i, None].transpose(1, 2),
+            attn_mask=mask,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        rows.append(y.transpose(1, 2))
+    return torch.cat(rows)
 
 
 def attention_by_products(

@@ -137,7 +137,7 @@ class PackedEncoder:
     def _project(self, clips: Sequence[Tensor]) -> Tensor:
         """Audio states (1, T, Da) of clips, before they are pooled, to rows (sum of T // 2, D)."""
         pooled = [
-            F.avg_pool1d(clip.transpose(1, 2), kernel_size=2, stride=2).transpose(1, 2)
+            F.avg_pool1d(clip.transpose(1, 2).contiguous(), kernel_size=2, stride=2).transpose(1, 2)
             for clip in clips
         ]
         states = self._tower.layer_norm(torch.cat(pooled, dim=1))

@@ -20,7 +20,7 @@ from qwen2audio_core import quantize
 from qwen2audio_core.decoder import MLP, Attention
 from qwen2audio_core.encoder import EncoderAttention
 from qwen2audio_core.errors import InputError
-from qwen2audio_core.linear import Linear
+from qwen2audio_core.linear import Linear, in_rows
 from qwen2audio_core.packed_linear import joint_bias, side_by_side
 from qwen2audio_core.quantize import QuantizedLinear
 
@@ -41,7 +41,7 @@ class Projection:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (..., K) -> (..., N), plus the residual (..., N) where one is given."""
         assert self.weight is not None
-        y = F.linear(x, self.weight, self.bias)
+        y = in_rows(F.linear, x, self.weight, self.bias)
         return y if residual is None else residual + y
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -45,7 +45,9 @@ from torch import Tensor, nn
 from qwen2audio_core.backends import find_kernels
 from qwen2audio_core.cache import KVCache
 from qwen2audio_core.errors import CheckpointError, InputError
+from qwen2audio_core.linear import in_rows
 from qwen2audio_core.model import Qwen2Audio
+from qwen2audio_core.ops import on_mps
 from qwen2audio_core.packed_linear import joint_bias, side_by_side
 
 METHOD = "qwen2audio"  # what config.json calls this layout
@@ -240,7 +242,10 @@ class QuantizedLinear(nn.Module):
             if x.device.type == "cpu" and (self.bits == 8 or self.form == _cpu_block()):
                 return self._on_cpu(x)
         pieces, codes = _pieces(self.out_features, self.in_features, x.device), self.codes
-        y = torch.cat([F.linear(x, self._widened(codes, x.dtype, *piece)) for piece in pieces], -1)
+        weights = (self._widened(codes, x.dtype, *piece) for piece in pieces)
+        if on_mps(x):  # it ends the process for a weight that lies transposed (pytorch #197796)
+            weights = (weight.contiguous() for weight in weights)
+        y = torch.cat([in_rows(F.linear, x, weight) for weight in weights], -1)
         return y if self.bias is None else y + self.bias
 
     @property

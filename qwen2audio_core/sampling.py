@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qwen2audio_core.errors import CheckpointError, InputError
+from qwen2audio_core.ops import on_mps
 
 NOT_FINITE = (
     "the model's logits are not finite, so no token can be chosen: in float16 sums overflow that"
@@ -113,7 +114,15 @@ def choose(
         scores = keep_top_k(scores, settings.top_k)
     if settings.top_p < 1.0:
         scores = keep_top_p(scores, settings.top_p)
-    return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+    probabilities = scores.softmax(-1)
+    if on_mps(scores):  # it draws ids of probability 0 (pytorch #192577)
+        probabilities = probabilities.cpu()
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(scores.device)
+
+
+def seeded(device: torch.device, seed: int) -> torch.Generator:
+    """What `choose` draws from on a device."""
+    return torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(seed)
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,7 +33,14 @@ from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.packed_encoder import PackedEncoder
 from qwen2audio_core.packing import Projection, projection
 from qwen2audio_core.recording import UNIT, Record, Recordings, padded
-from qwen2audio_core.sampling import NOT_FINITE, Likelihood, Settings, choose, log_probabilities
+from qwen2audio_core.sampling import (
+    NOT_FINITE,
+    Likelihood,
+    Settings,
+    choose,
+    log_probabilities,
+    seeded,
+)
 
 MAX_ENDS = 16  # end tokens a conversation can have
 MAX_TOP = 20  # alternatives to a token whose log-probabilities can be asked for
@@ -132,7 +139,7 @@ class PlainSampler:
         self._rows: list[Any] = [None] * slots
 
     def place(self, row: int, ids: Tensor, settings: Settings, budget: int, seed: int) -> None:
-        self._rows[row] = settings, torch.Generator(self._device).manual_seed(seed)
+        self._rows[row] = settings, seeded(self._device, seed)
 
     def move(self, source: int, target: int) -> None:
         self._rows[target] = self._rows[source]

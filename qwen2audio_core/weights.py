@@ -269,7 +269,8 @@ def _read(found: Checkpoint, left_out: Container[str], device: torch.device) -> 
             if entry.kind is not None
         ]
         reading.fill(parts, device, PIECE_BYTES)
-    except (RuntimeError, AssertionError) as error:  # the latter: built without that device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        # AssertionError: built without that device; TypeError: a Mac's GPU knows no float64.
         first = str(error).splitlines()[0]
         raise CheckpointError(
             f"{folder}: cannot put the weights on {device} as {plain(found.dtype)} ({first})"

@@ -10,7 +10,8 @@ cannot read, a copy to the CPU shares no memory. All is computed by the CPU, to 
 
 cuda    what asks for a GPU by name goes the GPU's way; streams, events and pinned memory do
         nothing. Gradients are not to be had: PyTorch's autograd asks the driver for its streams
-other   a device that is neither CPU nor GPU and has no float64, as "mps" is one; with gradients
+other   a device that is neither CPU nor GPU, as "mps" is one, with gradients. It has no float64 and
+        refuses what PyTorch computes wrongly on a Mac (FAULTS)
 
 It stays for the whole process and reaches deep into PyTorch: begin it in a process of its own.
 """
@@ -107,8 +108,26 @@ def _index(key: Any) -> Any:
     return torch.tensor(key, device=_here) if isinstance(key, list) and key else key
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, *words: Any, **named: Any) -> bool:
+    causal = named.get("is_causal", len(words) > 2 and words[2])
+    return bool(causal) or len(q) > 1
+
+
+# Operation -> whether one of torch 2.11 to 2.13 gets it wrong on a Mac's GPU.
+FAULTS = {
+    "scaled_dot_product_attention": _attention,  # pytorch #195910, #181133, #184180
+    "multinomial": lambda *words, **named: True,  # #192577
+    "linear": lambda x, weight, *bias: x.ndim > 2 or not weight.is_contiguous(),  # #180776, #197796
+    "avg_pool1d": lambda x, *words, **named: not x.is_contiguous(),  # #175190
+    "avg_pool2d": lambda x, *words, **named: not x.is_contiguous(),
+}
+
+
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation: unwrap, compute on the CPU, wrap."""
+    name = func._schema.name.removeprefix("aten::")
+    if _here.type == OTHER and name in FAULTS and FAULTS[name](*args, **kwargs):
+        raise RuntimeError(f"{name}: of such arguments a Mac's GPU gives what is wrong")
     flat = tree_flatten((args, kwargs))[0]
     there = [x for x in flat if isinstance(x, There)]
     here = [x for x in flat if isinstance(x, Tensor) and not isinstance(x, There)]

@@ -246,7 +246,7 @@ def _passes(assistant: Assistant, batch: Batch, layout: Layout, tokens: range) -
         states = torch.cat([row[:many] for row, many in zip(x, frames, strict=True)]).float()
         norms.append(states.square().mean(-1).sqrt().cpu())
         every = -(-len(states) // SIMILAR)
-        pooled = F.avg_pool1d(states.T[None], every, ceil_mode=True)[0].T
+        pooled = F.avg_pool1d(states.T[None].contiguous(), every, ceil_mode=True)[0].T
         # What all frames have in common says nothing about how they differ.
         unit = F.normalize(pooled - pooled.mean(0), dim=-1)
         similar.append((unit @ unit.T).cpu())

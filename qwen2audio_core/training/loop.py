@@ -118,6 +118,8 @@ class Settings:
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} is {getattr(self, name)}, it must be at least 0")
+        if self.workers and sys.platform == "darwin":
+            raise InputError("workers: processes that were forked break on macOS, leave it at 0")
         if not 0 <= self.floor <= 1:
             raise InputError(f"floor is {self.floor}, it must be 0 to 1")
         if not 0 <= self.seed < 2**31:

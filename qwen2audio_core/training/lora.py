@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from qwen2audio_core import hub, saving
 from qwen2audio_core.errors import CheckpointError, InputError
-from qwen2audio_core.linear import Linear
+from qwen2audio_core.linear import Linear, in_rows
 from qwen2audio_core.model import Qwen2Audio
 from qwen2audio_core.weights import few, published_name
 
@@ -75,12 +75,12 @@ class LoRALinear(Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT begins
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.linear_op(x, self.weight, self.bias)
+        y = in_rows(self.linear_op, x, self.weight, self.bias)
         if not self.enabled:
             return y
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         kind = self.lora_A.dtype if not torch.is_autocast_enabled(x.device.type) else x.dtype
-        low = F.linear(F.linear(x.to(kind), self.lora_A), self.lora_B)
+        low = in_rows(F.linear, in_rows(F.linear, x.to(kind), self.lora_A), self.lora_B)
         return y + (self.scale * low).to(y.dtype)
 
     @torch.no_grad()
