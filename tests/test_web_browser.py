@@ -335,6 +335,52 @@ def test_words_stand_as_they_were_typed_and_drafts_stay(visit, model, monkeypatc
     until(lambda: one.page.evaluate(language) == "zh")
 
 
+def test_one_may_read_further_up_while_an_answer_is_written(visit, slow_model):
+    """The end is followed until somebody scrolls; a new question is in sight again."""
+    one = visit(viewport={"width": 800, "height": 560})
+    one.set(tokens=60)
+    where = "() => { const box = document.querySelector('#q2a-chat [role=log]');"
+    below = where + " return box.scrollHeight - box.scrollTop - box.clientHeight; }"
+    top = where + " return box.scrollTop; }"
+    for count in range(1, 4):
+        one.text.fill("line\n" * 12)
+        one.at("send").click()
+        one.answered(count)
+    assert one.page.evaluate(top) > 200
+    until(lambda: one.page.evaluate(below) < 40)
+    one.text.fill("and now?")
+    one.at("send").click()
+    until(lambda: one.at("stop").is_visible() and one.answers.count() == 4)
+    log = one.at("chat").locator("[role=log]")
+    until(lambda: log.get_attribute("aria-busy") == "true")
+    until(lambda: one.page.evaluate(below) < 40)
+    log.hover()
+    one.page.mouse.wheel(0, -400)
+    until(lambda: one.page.evaluate(below) > 300)
+    place, said = one.page.evaluate(top), one.answers.last.inner_text()
+    until(lambda: one.answers.last.inner_text() != said)
+    time.sleep(0.3)
+    assert abs(one.page.evaluate(top) - place) < 5
+    one.at("stop").click()
+    until(lambda: log.get_attribute("aria-busy") == "false")
+
+
+def test_the_keyboard_alone(visit, model):
+    """From the box to Send and back, and a reload asks first."""
+    one = visit()
+    one.set()
+    one.text.fill("What is that?")
+    one.page.keyboard.press("Tab")
+    assert one.page.evaluate("document.activeElement.id") == "q2a-send"
+    one.page.keyboard.press("Enter")
+    one.answered(1)
+    until(lambda: one.page.evaluate("document.activeElement.tagName") == "TEXTAREA")
+    asked: list[str] = []
+    one.page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
+    one.page.reload()
+    assert asked == ["beforeunload"]
+
+
 def test_an_answer_streams_and_stops(visit, slow_model):
     one = visit()
     one.set(tokens=1000)
