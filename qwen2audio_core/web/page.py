@@ -15,7 +15,8 @@ REMOVE_JS = """element.addEventListener('click', event => {
 
 # What the page does by itself when it is opened.
 OPENED_JS = """() => {
-  const all = document.querySelector('.gradio-container'), chat = document.querySelector('#q2a-chat');
+  const all = document.querySelector('.gradio-container');
+  const chat = document.querySelector('#q2a-chat');
 
   // Why there is no microphone: views writes all lines, style.css shows the one in question.
   const why = reason => { document.querySelector('#q2a-trouble').dataset.why = reason; };
