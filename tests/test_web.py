@@ -1037,6 +1037,25 @@ def test_an_event_that_names_a_url_fetches_nothing(served, monkeypatch):
     assert "fetched" not in str(caught.value)
 
 
+def test_a_port_that_is_taken_at_the_last_moment(model, monkeypatch):
+    """Two that start at once find the same port free; the later one takes the next."""
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    free, found = server.free_port, []
+
+    def late(host, port):
+        found.append(free(host, port))
+        if len(found) == 1:
+            taken.bind((host, found[0]))
+            taken.listen()
+        return found[-1]
+
+    monkeypatch.setattr(server, "free_port", late)
+    with socket.socket() as taken, server.serving(model) as addresses:
+        assert len(found) == 2 and found[1] != found[0]
+        assert addresses[0].endswith(f":{found[1]}")
+        assert Browser(addresses[0]).send("/")[0] == 200
+
+
 def test_the_page_is_not_served_under_another_name(served):
     status, body = Browser(served).send("/", Host="evil.example")
     assert status == 403 and b"to this machine alone" in body
@@ -1133,9 +1152,13 @@ def test_the_command_serves_until_it_is_told_to_end(end, tmp_path):
         env=environment,
     )
     try:
-        line = next((line for line in process.stderr if "Ctrl-C" in line), "")
-        address = re.search(r"http://127\.0\.0\.1:\d+", line)
-        assert address, line
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if "Ctrl-C" in line:
+                break
+        address = re.search(r"http://127\.0\.0\.1:\d+", said[-1] if said else "")
+        assert address, said
         browser = Browser(address[0])
         browser.event("q2a-upload", "upload", [browser.file("bell.flac", BELL.read_bytes())])
         assert {"bell.flac", "clip-1.wav", "clip-1.png"} <= {Path(f).name for f in files(tmp_path)}

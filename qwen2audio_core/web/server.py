@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from hmac import compare_digest
 from ipaddress import ip_address
 from pathlib import Path
@@ -49,7 +50,7 @@ def serving(
     yields    the addresses, this machine's own first
     errors    InputError: the port is taken, the host is not one of this machine's
     """
-    port = free_port(host, port)
+    wanted, port = port, free_port(host, port)
     limits = limits or Limits()
     folder = Path(tempfile.mkdtemp(prefix="qwen2audio-web-")).resolve()  # for this user alone
     with environment(folder), fetching_nothing():
@@ -73,9 +74,9 @@ def serving(
         sweeper = threading.Thread(target=_sweep, args=(sessions, over), daemon=True)
         sweeper.start()
         try:
-            _, local, public = blocks.launch(
+            launch = partial(
+                blocks.launch,
                 server_name=host,
-                server_port=port,
                 share=share,
                 auth=None if password is None else lambda _, given: _same(given, password),
                 auth_message="Type any name; the password is the one that the server was given.",
@@ -93,6 +94,10 @@ def serving(
                 prevent_thread_lock=True,
                 quiet=True,
             )
+            try:
+                _, local, public = launch(server_port=port)
+            except OSError:  # somebody else took it meanwhile
+                _, local, public = launch(server_port=free_port(host, wanted))
             yield [address.rstrip("/") for address in (local, public) if address]
         finally:
             over.set()
