@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from qwen2audio_core import backends, chat, hub, tiny, weights
-from qwen2audio_core.chat import Long, Prompt
+from qwen2audio_core.chat import Batch, Long, Prompt
 from qwen2audio_core.errors import CheckpointError, InputError, inside, warn
 from qwen2audio_core.generate import Generation, likelihoods
 from qwen2audio_core.linear import Linear
@@ -250,10 +250,7 @@ class Assistant:
             self.tokenizer.encode(one, special=True) if isinstance(one, str) else list(one)
             for one in answers
         ]
-        bins = self.model.config.audio.num_mel_bins
-        pad = self.settings.pad_token_id
-        batch = chat.collate([prompt], pad, num_mel_bins=bins, device=self.device)
-        return likelihoods(self.model, batch, texts)
+        return likelihoods(self.model, self._collated([prompt]), texts)
 
     def chat(self, system: str | None = None) -> "Chat":
         """Begin a conversation that remembers its turns and clips."""
@@ -285,6 +282,10 @@ class Assistant:
             chat.encode_raw(text, clip_list(audio), self.tokenizer, long=long), notice
         )
 
+    def _collated(self, prompts: Sequence[Prompt]) -> Batch:
+        bins, pad = self.model.config.audio.num_mel_bins, self.settings.pad_token_id
+        return chat.collate(prompts, pad, num_mel_bins=bins, device=self.device)
+
     def _checked(self, prompt: Prompt, notice: Callable[[str], None] | None) -> Prompt:
         chat.check_length(prompt, self.model.config.text.max_position_embeddings)
         for line in prompt.notices:
@@ -308,10 +309,9 @@ class Assistant:
         settings = change(self.settings, **changes)
         if check_whole("answers", answers, 1) > 1 and not settings.do_sample:
             warn(f"greedy decoding writes the same answer {answers} times: give a temperature")
-        bins = self.model.config.audio.num_mel_bins
-        batch = chat.collate(prompts, settings.pad_token_id, num_mel_bins=bins, device=self.device)
         writers = [StopWriter(self.tokenizer, stop) for _ in range(len(prompts) * answers)]
         before = None if after is None else after.run
+        batch = self._collated(prompts)
         run = Generation(self.model, batch, settings, answers, seed, logprobs, before)
         rows = range(len(run.answers))
         replies = [Reply(prompts[row // answers], reused=run.reused) for row in rows]

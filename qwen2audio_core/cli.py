@@ -519,9 +519,9 @@ def _mend_streams() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # What the terminal has no letter for is escaped. A file or pipe has them all, whatever the
         # system's old code page is, unless somebody asks for another encoding.
-        sys.stdout.reconfigure(errors="backslashreplace")
-        if not sys.stdout.isatty() and not os.environ.get("PYTHONIOENCODING"):
-            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+        any_letter = not sys.stdout.isatty() and not os.environ.get("PYTHONIOENCODING")
+        encoding = "utf-8" if any_letter else sys.stdout.encoding
+        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
 
 
 def _fail(line: str) -> int:

@@ -66,6 +66,14 @@ class EncoderLayer(nn.Module):
         return x
 
 
+def pool(x: Tensor) -> Tensor:
+    """(n, T, Da) -> (n, T // 2, Da): two positions to one token; a last odd one is heard by the
+    layers, then dropped."""
+    # Contiguous: of anything else a Mac's GPU gives wrong means or gradients (pytorch #175190).
+    x = x.transpose(1, 2).contiguous()
+    return F.avg_pool1d(x, kernel_size=2, stride=2).transpose(1, 2)
+
+
 class AudioEncoder(nn.Module):
     """The audio tower (`audio_tower` in the checkpoint).
 
@@ -101,7 +109,4 @@ class AudioEncoder(nn.Module):
         key_end = conv_frames.to(x.device) if ragged else None
         for layer in self.layers:
             x = layer(x, key_end)
-        # Two positions to one token; a last odd one is heard by the layers, then dropped.
-        # Contiguous: of anything else a Mac's GPU gives wrong means or gradients (pytorch #175190).
-        x = F.avg_pool1d(x.transpose(1, 2).contiguous(), kernel_size=2, stride=2)
-        return self.layer_norm(x.transpose(1, 2))  # (n, A, Da)
+        return self.layer_norm(pool(x))  # (n, A, Da)

@@ -203,17 +203,15 @@ def likelihoods(
     """
     if len(batch.ids) != 1:
         raise InputError(f"answers are weighed for one prompt, this batch has {len(batch.ids)}")
-    words = model.config.text.vocab_size
-    for i, answer in enumerate(answers):
-        if not len(answer):
-            raise InputError(f"answers[{i}] is empty: there is nothing to weigh")
-        for token in answer:
-            check_whole(f"an id of answers[{i}]", token, 0, words - 1)
     weight = model.language_model.model.embed_tokens.weight
     batch, text = batch.to(weight.device), model.config.text
     read = batch.ids.shape[1]
     left = room(read, text.max_position_embeddings)
     for i, answer in enumerate(answers):
+        if not len(answer):
+            raise InputError(f"answers[{i}] is empty: there is nothing to weigh")
+        for token in answer:
+            check_whole(f"an id of answers[{i}]", token, 0, text.vocab_size - 1)
         if len(answer) > left:
             raise InputError(
                 f"answers[{i}] has {len(answer)} tokens, behind a prompt of {read} more than the"

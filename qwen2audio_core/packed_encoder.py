@@ -11,10 +11,9 @@ from itertools import accumulate
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from qwen2audio_core.encoder import EncoderLayer
+from qwen2audio_core.encoder import EncoderLayer, pool
 from qwen2audio_core.errors import PromptError
 from qwen2audio_core.frontend import HOP_LENGTH, MAX_FRAMES, ClipLengths, clip_lengths, log_mel
 from qwen2audio_core.model import Qwen2Audio
@@ -136,10 +135,6 @@ class PackedEncoder:
 
     def _project(self, clips: Sequence[Tensor]) -> Tensor:
         """Audio states (1, T, Da) of clips, before they are pooled, to rows (sum of T // 2, D)."""
-        pooled = [
-            F.avg_pool1d(clip.transpose(1, 2).contiguous(), kernel_size=2, stride=2).transpose(1, 2)
-            for clip in clips
-        ]
-        states = self._tower.layer_norm(torch.cat(pooled, dim=1))
+        states = self._tower.layer_norm(torch.cat([pool(clip) for clip in clips], dim=1))
         rows: Tensor = self._projector(states)[0]
         return rows.to(self._dtype)

@@ -43,6 +43,7 @@ CLIP = "<|audio_bos|><|AUDIO|><|audio_eos|>"
 
 # The tags of the published tokenizer, Taiwan's Mandarin, Cantonese, Wu and Min Nan among them.
 SPACED = ("en", "de", "es", "ko", "fr", "it", "ru", "pt", "ar")
+ASKED = ("language", "prompt", "translate")  # options of Scribe
 TOGETHER = 16  # batches of windows of short recordings that are sorted by length
 UNSPACED = ("zh", "ja", "zh_tw", "yue", "wuu", "nan")  # no space between two sentences
 LANGUAGES = SPACED + UNSPACED
@@ -182,8 +183,16 @@ def transcribe(
                  top_k or top_p is given
     errors       AudioError for the recording; PromptError or InputError for the rest
     """
-    scribe = Scribe(assistant.tokenizer, language, prompt, translate)
-    ask = _Asking(assistant, scribe, batch_size, words, notice, options)
+    ask = _Asking(
+        assistant,
+        language=language,
+        prompt=prompt,
+        translate=translate,
+        batch_size=batch_size,
+        words=words,
+        notice=notice,
+        **options,
+    )
     recording = _Recording.of(source)
     if on_progress is not None:
         on_progress(0.0, recording.duration)
@@ -229,12 +238,14 @@ class _Asking:
     def __init__(
         self,
         assistant: Assistant,
-        scribe: Scribe,
-        batch_size: int,
-        words: bool,
-        notice: Callable[[str], None] | None,
-        options: dict[str, Any],
+        *,
+        batch_size: int = 8,
+        words: bool = False,
+        notice: Callable[[str], None] | None = None,
+        **options: Any,
     ):
+        asked = {name: options.pop(name) for name in ASKED if name in options}
+        self._scribe = Scribe(assistant.tokenizer, **asked)
         if unknown := options.keys() & {"answers", "after"}:
             raise InputError(f"a transcript takes no option {min(unknown)!r}")
         check_seed(options.get("seed"))
@@ -246,7 +257,7 @@ class _Asking:
         if all(options.get(name) is None for name in ("greedy", "temperature", "top_k", "top_p")):
             options = {**options, "greedy": True}
         self.batch_size = check_whole("batch_size", batch_size, 1)
-        self._assistant, self._scribe, self._options = assistant, scribe, options
+        self._assistant, self._options = assistant, options
         self._words, self._notice = words, notice
 
     def about(self, recordings: Sequence[_Recording]) -> Iterator[list[_Recording]]:
@@ -494,10 +505,9 @@ def kinds_of(formats: Iterable[str]) -> list[str]:
 
 def _unwritable(folder: str | Path, error: OSError) -> InputError:
     why = error.strerror or type(error).__name__
-    named = f" {Path(error.filename2).name}" if error.filename2 else ""
+    file = f": {Path(error.filename2).name}" if error.filename2 else ""
     return InputError(
-        f"{folder}: cannot write transcripts there ({why}{named and ':'}{named}): choose another"
-        " folder"
+        f"{folder}: cannot write transcripts there ({why}{file}): choose another folder"
     )
 
 
@@ -520,12 +530,6 @@ def run(
     folder: str | Path | None = None,
     formats: Iterable[str] = ("txt",),
     *,
-    language: str | None = None,
-    prompt: str | None = None,
-    translate: bool = False,
-    batch_size: int = 8,
-    words: bool = False,
-    notice: Callable[[str], None] | None = None,
     on_progress: Callable[[str, float, float], None] | None = None,
     **options: Any,
 ) -> Iterator[Outcome]:
@@ -545,8 +549,7 @@ def run(
     errors       InputError: options, names that collide, a folder that cannot be written to
     """
     kinds = kinds_of(formats)
-    scribe = Scribe(assistant.tokenizer, language, prompt, translate)
-    ask = _Asking(assistant, scribe, batch_size, words, notice, options)
+    ask = _Asking(assistant, **options)
     if isinstance(files, str | bytes | os.PathLike) or not isinstance(files, Iterable):
         raise InputError(f"files is {files!r:.60}; give a list of them")
     files = list(files)
@@ -603,7 +606,7 @@ def run(
         else:
             group.append((source, recording))
             held, count = held + recording.duration, count + len(recording.windows)
-        if held >= MAX_SECONDS * batch_size or count >= TOGETHER * batch_size:
+        if held >= MAX_SECONDS * ask.batch_size or count >= TOGETHER * ask.batch_size:
             yield from finish(group)
             group, held, count = [], 0.0, 0.0
     yield from finish(group)

@@ -701,8 +701,9 @@ class Grid:
             began = time.perf_counter()
             if not self.turn(cell, name):
                 over.add((cell, name))
-            took[name] = max(took.get(name, 0.0), time.perf_counter() - began)
-            print(f"{cell[0]} s x {cell[1]}, {name}: {time.perf_counter() - began:.1f} s")
+            spent = time.perf_counter() - began
+            took[name] = max(took.get(name, 0.0), spent)
+            print(f"{cell[0]} s x {cell[1]}, {name}: {spent:.1f} s")
             show([self._in_order(self.cells[one]) for one in self.plan.cells if one in self.cells])
         return left_out
 

@@ -19,7 +19,9 @@ CORE, KERNELS = "qwen2audio_core", "qwen2audio_kernels"
 
 # A file or folder of the core may import those of a smaller number.
 LAYERS = {
-    **dict.fromkeys(("config", "errors", "gpu", "install", "ops", "options", "recording"), 0),
+    **dict.fromkeys(
+        ("config", "errors", "gpu", "hosts", "install", "ops", "options", "recording"), 0
+    ),
     **dict.fromkeys(("hub", "reading", "audio", "audio_files", "frontend"), 1),
     **dict.fromkeys(("cache", "linear", "packed_linear", "encoder", "projector", "decoder"), 1),
     "model": 2,

@@ -33,6 +33,7 @@ from qwen2audio_core import assistant, audio, cli, install, tiny
 from qwen2audio_core.assistant import Latest
 from qwen2audio_core.errors import AudioError, InputError
 from qwen2audio_core.frontend import log_mel
+from qwen2audio_core.hosts import own_names
 from qwen2audio_core.web import guard, pictures, server, views
 from qwen2audio_core.web.inside import inspect
 from qwen2audio_core.web.sessions import Limits, Session, Sessions, Turn
@@ -690,7 +691,7 @@ def test_large_bodies_are_refused():
 
 def test_this_machine_s_own_page_has_its_own_names():
     """A web page whose name points to this machine gets nothing, nor may others send anything."""
-    hosts = frozenset({*server.LOOPBACK})
+    hosts = own_names("127.0.0.1")
 
     def status(*headers: tuple[bytes, bytes], method: str = "POST", hosts=hosts) -> int:
         scope = {"path": "/gradio_api/upload", "headers": list(headers), "method": method}

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qwen2audio_core.hosts import name_in
 from qwen2audio_core.serving.chat import Completion
 from qwen2audio_core.serving.problems import ApiError, caller_left, problem
 from qwen2audio_core.serving.requests import bad, parse_chat, parse_speech
@@ -267,18 +268,12 @@ def _request_id(scope: Scope) -> str:
 
 def _check_names(headers: "Headers", hosts: frozenset[str], origins: frozenset[str]) -> None:
     """Refuse calls by another name than this machine's own: they come from somebody's web page."""
-    from urllib.parse import urlsplit
-
     for header, prefix in (("host", "//"), ("origin", "")):
         if header not in headers:
             continue
         if header == "origin" and {headers[header], "*"} & origins:
             continue
-        try:
-            name = urlsplit(prefix + headers[header]).hostname
-        except ValueError:
-            name = None
-        if name not in hosts:
+        if name_in(prefix + headers[header]) not in hosts:
             raise ApiError(
                 403,
                 f"the header {header.capitalize()} names {headers[header]!r}: this server answers"

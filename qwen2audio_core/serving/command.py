@@ -100,7 +100,8 @@ def serve(
         curl http://127.0.0.1:8000/v1/audio/transcriptions -F model=tiny -F file=@talk.mp3
     """
     from qwen2audio_core.errors import InputError
-    from qwen2audio_core.serving.policy import LOOPBACK, Policy
+    from qwen2audio_core.hosts import is_loopback, own_names
+    from qwen2audio_core.serving.policy import Policy
     from qwen2audio_core.serving.run import bind, check_installed, terminable
     from qwen2audio_core.serving.run import serve as run
     from qwen2audio_core.terminal import load, note, quiet_libraries
@@ -108,13 +109,13 @@ def serve(
     check_installed()
     if api_key is None and "QWEN2AUDIO_API_KEY" in os.environ:  # a secret that was not filled in
         raise InputError("QWEN2AUDIO_API_KEY is empty: unset it for a server without a key")
-    alone = host in LOOPBACK or host.startswith("127.")
+    alone = is_loopback(host)
     folder = Path(model).expanduser()
     policy = Policy(
         name=name or (folder.resolve().name if folder.is_dir() else model),
         api_key=None if api_key is None else api_key.strip(),  # secrets' files end in a new line
         origins=frozenset(origin.lower().rstrip("/") for origin in allow_origin or ()),
-        hosts=frozenset({*LOOPBACK, host}) if alone and api_key is None else None,
+        hosts=own_names(host) if alone and api_key is None else None,
         allow_files=allow_files,
         allow_private_urls=allow_private_urls,
         body_bytes=max_body_mb * 2**20,

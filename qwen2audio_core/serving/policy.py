@@ -7,8 +7,6 @@ from pathlib import Path
 
 from qwen2audio_core.errors import InputError
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
 
 @dataclass(frozen=True)
 class Policy:

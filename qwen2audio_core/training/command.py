@@ -1,6 +1,6 @@
 """The commands `qwen2audio train`, and `rows` and `merge` for what comes before and after."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -142,19 +142,13 @@ def train(
 
     for file in filter(None, (*data, valid)):
         rows.weighted(file)  # a file that is missing is the first thing to say
-    if lora:
-        adapter = adapters.Settings(
-            8 if rank is None else rank,
-            16.0 if alpha is None else alpha,
-            dropout or 0.0,
-            tuple(target) if target else adapters.LANGUAGE_MODEL,
-        )
-    elif target:
+    patterns = tuple(target) if target else None
+    of_adapters = {"rank": rank, "alpha": alpha, "dropout": dropout, "patterns": patterns}
+    given: dict[str, Any] = {k: value for k, value in of_adapters.items() if value is not None}
+    if target and not lora:
         raise InputError("--target names layers to adapt: give --lora with it")
-    else:
-        for name, value in (("rank", rank), ("alpha", alpha), ("dropout", dropout)):
-            if value is not None:
-                raise InputError(f"--{name} is of adapters: give --lora with it")
+    if given and not lora:
+        raise InputError(f"--{next(iter(given))} is of adapters: give --lora with it")
     settings = loop.Settings(
         model=model,
         data=data,
@@ -175,7 +169,7 @@ def train(
         augment=rows.Augment(speed, noise, spec_augment, voice),
         workers=workers,
         seed=seed,
-        adapter=adapter if lora else None,
+        adapter=adapters.Settings(**given) if lora else None,
         freeze=tuple(freeze or ()),
         mean_over=mean_over,
         ctc_weight=ctc_weight,

@@ -420,9 +420,8 @@ FREE = (
 )
 
 
-def _check_same(before: dict[str, Any], settings: Settings, place: Path) -> None:
+def _check_same(before: dict[str, Any], now: dict[str, Any], place: Path) -> None:
     """InputError where a run would go on with another model, or with other parts of it."""
-    now = _written(settings)
     for name in FIXED:
         was, is_ = before.get(name, now[name]), now[name]
         gone = name == "model" and not hub.is_id(was) and was not in ("tiny", "random")
@@ -470,15 +469,15 @@ class Run:
             raise InputError(
                 f"{done[-1]} is of --stage {begun}, not {settings.stage}: choose another --out"
             )
-        before = self.progress
+        before, now = self.progress, _written(settings)
         if done:
-            _check_same(before.settings, settings, done[-1])
+            _check_same(before.settings, now, done[-1])
         self.progress = replace(
             before,
             stage=settings.stage,
             data=list(settings.data),
             rows=rows.about,
-            settings=_written(settings),
+            settings=now,
         )
         if self.progress.alphabet is None:
             common = rows.characters.most_common(4000)
@@ -523,7 +522,7 @@ class Run:
                 self.report.note(told)
             elif before.rows and before.rows != rows.about:
                 self.report.note(f"whose data had {before.rows[0]:,} rows and have changed since")
-            for line in _changes(before.settings, self.progress.settings):
+            for line in _changes(before.settings, now):
                 self.report.note(line)
             if settings.steps is not None and self.progress.step >= settings.steps:
                 self.report.note(f"which has all of --steps {settings.steps}: nothing is trained")

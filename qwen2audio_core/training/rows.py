@@ -153,14 +153,15 @@ def _of_table(file: Path) -> list[Said]:
                 name = (row[named] or "").strip()
                 places = (file.parent / name, file.parent / "clips" / name)
                 clip = next((place for place in places if name and _is_file(place)), None)
-                where = Path(f"line {table.line_num}")
+                where = f"line {table.line_num}"
                 if clip is None:
-                    bad.add(f"no such clip as {name or 'an empty name'}", where, "no clip there")
+                    missing = f"{where} (no such clip as {name or 'an empty name'})"
+                    bad.add("no clip there", Path(missing))
                     continue
                 try:
                     found.append(Said(clip, _text(row[said] or "")))
                 except InputError as error:
-                    bad.add(str(error), where)
+                    bad.add(str(error), Path(where))
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 ({error.reason})") from error
     except csv.Error as error:
@@ -180,9 +181,8 @@ class _Faults:
         self._place = place
         self._found: dict[str, list[str]] = {}
 
-    def add(self, what: str, where: Path, kind: str | None = None) -> None:
-        name = _name(where, self._place) if kind is None else f"{where} ({what})"
-        self._found.setdefault(kind or what, []).append(name)
+    def add(self, what: str, where: Path) -> None:
+        self._found.setdefault(what, []).append(_name(where, self._place))
 
     def tell(self, begin: str) -> None:
         """InputError, if there is anything."""

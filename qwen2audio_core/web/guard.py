@@ -3,7 +3,8 @@
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
+
+from qwen2audio_core.hosts import name_in
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -64,7 +65,7 @@ class Guard:
             return
         path, headers = scope["path"], dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
-        if self.hosts is not None and _hostname(host) not in self.hosts:
+        if self.hosts is not None and name_in(f"//{host}") not in self.hosts:
             await _refuse(send, 403, f"this server answers to this machine alone, not as {host!r}")
             return
         # What a form on another page could send; reading the answer is forbidden to it anyway.
@@ -104,14 +105,6 @@ class Guard:
             await send(message)
 
         await self.app(scope, counted, marked)
-
-
-def _hostname(host: str) -> str | None:
-    """Of the header Host, without a port."""
-    try:
-        return urlsplit(f"//{host}").hostname
-    except ValueError:
-        return None
 
 
 async def _discard(receive: Receive, limit: int) -> None:

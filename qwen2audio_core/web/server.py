@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from hmac import compare_digest
-from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen2audio_core.errors import InputError
+from qwen2audio_core.hosts import is_loopback, own_names
 from qwen2audio_core.tiny import which
 from qwen2audio_core.web import app
 from qwen2audio_core.web.guard import Guard
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 PORT = 7860  # and the hundred behind it
 SWEEP_SECONDS = 30.0
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 UPLOADS = 20  # files of the largest size that are kept at a time, of all pages together
 STYLE = Path(__file__).with_name("style.css")
 
@@ -67,7 +66,7 @@ def serving(
             Guard,
             # Gradio holds each file to its limit, this their sum.
             max_bytes=limits.clips * limits.upload_bytes,
-            hosts=frozenset({*LOOPBACK, host}) if alone else None,
+            hosts=own_names(host) if alone else None,
             room=lambda: UPLOADS * limits.upload_bytes - sessions.stored,
         )
         over = threading.Event()
@@ -183,14 +182,6 @@ def free_port(host: str, port: int | None) -> int:
             if port is not None:
                 raise InputError(f"port {port} is taken: give another --port") from error
     raise InputError(f"ports {PORT} to {PORT + 99} are all taken: give another --port")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def warnings(host: str, share: bool, password: str | None) -> list[str]:
