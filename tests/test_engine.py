@@ -1488,7 +1488,7 @@ def test_clips_that_pool_to_another_length_are_an_error(assistant, monkeypatch, 
     """Not the rows of the first part of a clip."""
     model = fresh()
     prompt = next(one for one in mixed(assistant, 9) if one.clips)
-    monkeypatch.setattr("qwen2audio_core.packed_encoder.F.avg_pool1d", lambda x, **_: x)
+    monkeypatch.setattr("qwen2audio_core.encoder.F.avg_pool1d", lambda x, **_: x)
     with (
         Engine(model, worker=False) as engine,
         pytest.raises(PromptError, match="the clips need"),
