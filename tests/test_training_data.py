@@ -10,6 +10,7 @@ from training_rows import chat_row, official_rows, tone, write_lines
 from qwen2audio_core import audio, audio_files, tiny
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.frontend import clip_lengths, log_mel, mel_edges
+from qwen2audio_core.rows import parse
 from qwen2audio_core.tokenizer import Tokenizer
 from qwen2audio_core.training.data import (
     Augment,
@@ -19,7 +20,6 @@ from qwen2audio_core.training.data import (
     Sounds,
     collate,
     encode,
-    parse,
     plan,
 )
 from qwen2audio_core.training.losses import IGNORE

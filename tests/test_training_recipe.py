@@ -19,7 +19,7 @@ from qwen2audio_core import cli, ops
 from qwen2audio_core.config import Qwen2AudioConfig
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.training import inspect, loop, lora
-from qwen2audio_core.training.rows import make
+from qwen2audio_core.training.make_rows import make
 from qwen2audio_core.weights import load_model
 
 ROOT = Path(cli.__file__).resolve().parents[1]

@@ -241,7 +241,7 @@ def rows(
 
     from qwen2audio_core.errors import InputError
     from qwen2audio_core.terminal import note
-    from qwen2audio_core.training.rows import make
+    from qwen2audio_core.training.make_rows import make
 
     if not 0 <= valid_part < 1:
         raise InputError(f"--valid-part is {valid_part}, expected 0 up to less than 1")

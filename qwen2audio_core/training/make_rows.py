@@ -1,4 +1,4 @@
-"""Recordings and their texts, as they lie on disks, to rows of the official form (data.py).
+"""Recordings and their texts, as they lie on disks, to rows of the official form (../rows.py).
 
     a.wav beside a.txt                    a folder of anybody's own
     1-2-0003.flac, 1-2.trans.txt          LibriSpeech: lines of a clip's name and its text
