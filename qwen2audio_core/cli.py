@@ -22,6 +22,7 @@ import typer
 
 from qwen2audio_core import __version__
 from qwen2audio_core.errors import InputError
+from qwen2audio_core.evaluation.command import evaluate
 from qwen2audio_core.inspection.command import inspect
 from qwen2audio_core.options import (
     Audio,
@@ -467,6 +468,7 @@ def expand_clips(words: list[str]) -> list[str]:
     return result
 
 
+app.command()(evaluate)
 app.command()(train)
 app.command()(rows)
 app.command()(merge)

@@ -81,6 +81,7 @@ SIDEWAYS = {
     ("slots", "packed_encoder"),
     ("web", "inspection"),
     ("serving", "transcribe"),
+    ("evaluation", "transcribe"),
     ("serving", "__init__"),
 }
 # Third-party packages besides torch: at the top of a file, and only inside a function.
@@ -93,6 +94,7 @@ EAGER = {
     "serving": {"typer"},
     "inspection": {"typer"},
     "training": {"typer", "safetensors"},
+    "evaluation": {"typer", "numpy"},
     "quantize_command": {"typer"},
     "web": {"typer"},
 }
@@ -105,6 +107,7 @@ INSIDE = {
     "compare": {"rich", "transformers"},
     "info": {"rich"},
     "training": {"matplotlib"},
+    "evaluation": {"jiwer", "sacrebleu", "whisper_normalizer", "cn2an", "opencc", "rich"},
     "quantize_command": {"rich"},
     "cli": {"rich"},
     "serving": {"fastapi", "starlette", "uvicorn", "h11", "python_multipart", "prometheus_client"},
@@ -125,6 +128,7 @@ OPTIONAL = (
     "rich",
     *("fastapi", "starlette", "uvicorn", "h11", "python_multipart", "prometheus_client"),
     "gradio",
+    *("jiwer", "sacrebleu", "whisper_normalizer", "cn2an", "opencc"),
     KERNELS,
 )
 
