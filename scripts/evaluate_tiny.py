@@ -26,6 +26,7 @@ from typing import Any
 import jiwer
 
 from qwen2audio_core import assistant as assistants
+from qwen2audio_core import rows as forms
 from qwen2audio_core.assistant import Assistant
 from qwen2audio_core.chat import Prompt
 from qwen2audio_core.errors import InputError
@@ -82,17 +83,8 @@ def encode(assistant: Assistant, row: Row) -> Prompt:
 
 def turns(row: Row) -> list[dict[str, Any]]:
     """A row's conversation without its last answer, clips in the place of their <audio>."""
-    clips = iter(row["audios"])
-    messages = []
-    for message in row["messages"][:-1]:
-        items: list[dict[str, Any]] = []
-        for piece in re.split("(<audio>)", message["content"]):
-            if piece == "<audio>":
-                items.append({"type": "audio", "audio": next(clips)})
-            elif piece:
-                items.append({"type": "text", "text": piece})
-        messages.append({"role": message["role"], "content": items})
-    return messages
+    clips = ({"type": "audio", "audio": clip} for clip in row["audios"])
+    return forms.turns(row["messages"][:-1], clips)
 
 
 def answer(

@@ -3,7 +3,10 @@
 import itertools
 import json
 import math
+import os
 import random
+import re
+import subprocess
 import sys
 import unicodedata
 from pathlib import Path
@@ -23,7 +26,8 @@ from qwen2audio_core.tokenizer import Tokenizer
 for package in ("jiwer", "sacrebleu", "whisper_normalizer", "cn2an", "opencc"):
     pytest.importorskip(package)
 
-CLIPS = Path(cli.__file__).parent / "assets" / "clips"
+ROOT = Path(cli.__file__).resolve().parents[1]
+CLIPS = ROOT / "qwen2audio_core" / "assets" / "clips"
 RECOGNIZE = "Detect the language and recognize the speech: "
 CLIP = "<|audio_bos|><|AUDIO|><|audio_eos|>"
 
@@ -603,3 +607,48 @@ def test_nonsense_is_one_line(run, tmp_path: Path, monkeypatch, words: tuple, li
         (tmp_path / "other" / "answers.jsonl").write_text('{"row": []}\n')
     code, table, told = run(*words)
     assert (code, table) == (2, "") and line in told and told.count("\n") == 1, told
+
+
+# The guide
+
+
+def test_the_guide_runs_as_it_stands(tmp_path: Path, monkeypatch) -> None:
+    text = (ROOT / "docs" / "evaluate.md").read_text("utf-8")
+    first, *others = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    printed = re.search(r"prints a line for each.*?```\n(.*?)```", text, re.DOTALL)
+    assert printed is not None
+    (tmp_path / "qwen2audio_core").symlink_to(ROOT / "qwen2audio_core")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "qwen2audio").write_text(
+        f'#!/bin/sh\nexec "{sys.executable}" -m qwen2audio_core "$@"\n'
+    )
+    (tmp_path / "bin" / "qwen2audio").chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+    def bash(script: str) -> str:
+        done = subprocess.run(
+            ["bash", "-ec", script],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert bash(first) == printed[1]
+    again, found = bash("\n".join(others)).split("\n{")
+    assert again + "\n" == printed[1]
+    assert json.loads("{" + found)["scores"][0]["rows"] == 2
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "en asr en WER 14.29 %" in done.stdout, done.stderr
+
+
+def test_the_guide_names_the_published_prompts() -> None:
+    text = (ROOT / "docs" / "evaluate.md").read_text("utf-8").replace("\\|", "|")
+    table = re.findall(r"^\| `([^`]+)`[^|]*(?:\|[a-z]+\|[^|]*)?\| `(\w+)`", text, re.MULTILINE)
+    assert len(table) == 4
+    for prompt, task in table:
+        assert tasks.rules(prompt).task == task

@@ -588,9 +588,9 @@ def test_a_conversation_is_given_without_its_last_answer() -> None:
     ]
     turns = evaluate_tiny.turns({"messages": messages, "audios": ["a", "b", "c"]})
     clip = [{"type": "audio", "audio": name} for name in "abc"]
-    assert [turn["content"] for turn in turns] == [
-        [clip[0], clip[1], {"type": "text", "text": "What is said?"}],
-        [{"type": "text", "text": "One."}],
+    assert [[item for item in turn["content"] if item] for turn in turns] == [
+        [clip[0], clip[1], "What is said?"],
+        ["One."],
         [clip[2]],
     ]
 
