@@ -20,7 +20,8 @@ CORE, KERNELS = "qwen2audio_core", "qwen2audio_kernels"
 # A file or folder of the core may import those of a smaller number.
 LAYERS = {
     **dict.fromkeys(
-        ("config", "errors", "gpu", "hosts", "install", "ops", "options", "recording"), 0
+        ("config", "errors", "gpu", "holding", "hosts", "install", "ops", "options", "recording"),
+        0,
     ),
     **dict.fromkeys(("hub", "reading", "audio", "audio_files", "frontend"), 1),
     **dict.fromkeys(("cache", "linear", "packed_linear", "encoder", "projector", "decoder"), 1),
@@ -51,6 +52,7 @@ LAYERS = {
 # The only imports between neighbours of one layer: (who, whom).
 SIDEWAYS = {
     ("config", "errors"),
+    ("holding", "errors"),
     ("audio", "audio_files"),
     ("audio", "frontend"),
     ("decoder", "cache"),

@@ -772,6 +772,44 @@ def test_a_long_transcript_has_room_to_be_written(base, data, tmp_path, monkeypa
     assert found["exact"] == 1 and found["cer"] == 0
 
 
+def test_the_best_result_is_kept_beside_the_newest(base, data, tmp_path, monkeypatch) -> None:
+    def at(place: Path) -> torch.Tensor:
+        return load_model(place).audio_tower.layers[0].fc1.weight
+
+    losses, seen = iter((3.0, 2.0, math.nan, 2.5, 2.2, 1.0)), []
+
+    def evaluate(run: loop.Run) -> float:
+        seen.append(run.trainee.model.audio_tower.layers[0].fc1.weight.to(torch.bfloat16))
+        return next(losses)
+
+    monkeypatch.setattr(loop.Run, "evaluate", evaluate)
+    out, best = tmp_path / "run", tmp_path / "run" / "best-model"
+    options = {"valid": data, "eval_every": 1, "save_every": 2, "keep_best": True}
+    newest = loop.train(settings(base, [data], out, **options))
+    assert torch.equal(at(best), seen[1]) and torch.equal(at(newest), seen[3])
+    loop.train(settings(base, [data], out, **options, steps=5))
+    assert torch.equal(at(best), seen[1]), "2.2 is no better than the 2.0 before"
+    loop.train(settings(base, [data], out, **options, steps=6))
+    assert torch.equal(at(best), seen[5])
+    with pytest.raises(InputError, match="keep_best is of rows to measure on: give valid"):
+        settings(base, [data], out, keep_best=True)
+
+
+def test_two_runs_do_not_write_to_one_folder(base, data, tmp_path, monkeypatch) -> None:
+    out, errors = tmp_path / "run", []
+
+    def evaluate(run: loop.Run) -> None:
+        before = sorted(out.rglob("*"))
+        with pytest.raises(InputError) as caught:
+            loop.train(settings(base, [data], out))
+        errors.append(str(caught.value))
+        assert sorted(out.rglob("*")) == before
+
+    monkeypatch.setattr(loop.Run, "evaluate", evaluate)
+    loop.train(settings(base, [data], out, eval_every=2))
+    assert len(errors) == 2 and "another run is writing there" in errors[0]
+
+
 def test_bad_rows_to_measure_on_are_named(base, data, tmp_path, capfd) -> None:
     valid = write_lines(tmp_path / "valid.jsonl", [*official_rows(tmp_path, 2), "{"])
     a_run(base, [data], tmp_path / "run", valid=valid)
@@ -830,7 +868,7 @@ def test_every_option_of_the_command_reaches_the_run(data, monkeypatch) -> None:
         "--eval-every": "9", "--eval-rows": "10", "--samples": "11", "--seed": "12",
         "--model": "here",
     }  # fmt: skip
-    flags = ["--lora", "--spec-augment", "--float32", "--recompute", "--tensorboard"]
+    flags = ["--lora", "--spec-augment", "--float32", "--recompute", "--tensorboard", "--keep-best"]
     pairs = [word for pair in words.items() for word in pair]
     cli.app(["train", str(data), *pairs, *flags], standalone_mode=False)
     given, usual = asdict(seen[0]), asdict(loop.Settings("m", ["d"], "o"))

@@ -113,6 +113,10 @@ def train(
     device: Device = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
     keep: Annotated[int, typer.Option(help="Checkpoints to keep.")] = 2,
+    keep_best: Annotated[
+        bool,
+        typer.Option("--keep-best", help="Also keep what had the lowest loss on --valid: best-..."),
+    ] = False,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 500,
     eval_rows: Annotated[int, typer.Option(help="Rows to measure on.")] = 256,
     samples: Annotated[int, typer.Option(help="Answers to write at an evaluation.")] = 64,
@@ -185,6 +189,7 @@ def train(
         device=device,
         save_every=save_every,
         keep=keep,
+        keep_best=keep_best,
         eval_every=eval_every,
         eval_rows=eval_rows,
         samples=samples,

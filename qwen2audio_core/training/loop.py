@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from qwen2audio_core import assistant, hub, ops, packed_linear, saving, weights
 from qwen2audio_core.errors import CheckpointError, InputError
+from qwen2audio_core.holding import held
 from qwen2audio_core.model import Qwen2Audio, splice
 from qwen2audio_core.terminal import note
 from qwen2audio_core.tokenizer import Tokenizer
@@ -89,6 +90,7 @@ class Settings:
     # What is written
     save_every: int = 500
     keep: int = 2
+    keep_best: bool = False  # also the result of the lowest loss on the validation rows
     eval_every: int = 500
     eval_rows: int = 256
     samples: int = 64  # answers written at every evaluation
@@ -118,6 +120,8 @@ class Settings:
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} is {getattr(self, name)}, it must be at least 0")
+        if self.keep_best and self.valid is None:
+            raise InputError("keep_best is of rows to measure on: give valid")
         if self.workers and sys.platform == "darwin":
             raise InputError("workers: processes that were forked break on macOS, leave it at 0")
         if not 0 <= self.floor <= 1:
@@ -288,8 +292,9 @@ def train(settings: Settings) -> Path:
         _keep_memory()
         packed_linear.limit_shapes()  # nearly every batch has lengths of its own
     rows = read_rows(settings)
-    run = Run(settings, group, rows)
-    run.go()
+    with held(Path(settings.out)) if group.first else nullcontext():
+        run = Run(settings, group, rows)
+        run.go()
     return run.result
 
 
@@ -400,6 +405,7 @@ class Progress:
     bad: int = 0  # rows met that could not be used
     alphabet: str | None = None
     warm: float = 0.0  # s at which the rate had risen
+    lowest: float | None = None  # valid_loss that was kept as the best
     stage: str = ""  # what it was and read, for a run that goes on otherwise
     data: list[str] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)  # data.Rows.about
@@ -416,7 +422,8 @@ class Progress:
 FIXED = ("model", "adapter", "freeze", "mean_over")
 FREE = (
     *("out", "data", "stage", "valid", "steps", "minutes", "workers", "device", "recompute"),
-    *("save_every", "keep", "eval_every", "eval_rows", "samples", "tensorboard", *FIXED),
+    *("save_every", "keep", "keep_best", "eval_every", "eval_rows", "samples", "tensorboard"),
+    *FIXED,
 )
 
 
@@ -488,6 +495,7 @@ class Run:
         self.report = report.Report(self.out, settings.tensorboard, quiet=not group.first)
         if group.first:  # the only one that writes there
             saving.clear(self.result)
+            saving.clear(self.best)
             checkpoint.clear(self.out)
         self.tokenizer = Tokenizer.from_folder(self.folder)
         model = _load(self.folder, settings, group)
@@ -547,6 +555,10 @@ class Run:
     def result(self) -> Path:
         return self.out / ("adapter" if self.settings.adapter else "model")
 
+    @property
+    def best(self) -> Path:
+        return self.out / f"best-{self.result.name}"
+
     def _make_optimizer(self) -> torch.optim.AdamW:
         settings = self.settings
         groups = [
@@ -591,11 +603,11 @@ class Run:
             part = self._part()
             self.report.step(asdict(progress), figures, part)
             if progress.step % settings.eval_every == 0 or part >= 1:
-                self.evaluate()
+                self._keep_if_best(self.evaluate())
             if progress.step % settings.save_every == 0 or part >= 1:
                 self.save()
         if begun == progress.step:  # over already: of this checkpoint, and not of a later one
-            self._write_result()
+            self._write_result(self.result)
         self.report.finish()
 
     def _next_step(self, batches: Iterator[Batch], part: float) -> dict[str, float]:
@@ -806,10 +818,11 @@ class Run:
     # Between steps
 
     @torch.no_grad()
-    def evaluate(self) -> None:
-        """Loss on the validation rows, and some answers beside what they should be."""
+    def evaluate(self) -> float | None:
+        """Loss on the validation rows, which it returns, and some answers beside what they should
+        be."""
         if self.valid is None:
-            return
+            return None
         settings, loader = self.settings, self.valid
         rows = loader.rows
         generator = torch.Generator().manual_seed(0)
@@ -836,6 +849,18 @@ class Run:
             figures |= self._samples([loader.examples(numbers)[0] for numbers in batches])
         self.trainee.train()
         self.report.evaluation(asdict(self.progress), figures)
+        return figures.get("valid_loss")
+
+    def _keep_if_best(self, loss: float | None) -> None:
+        """Write the result beside the newest one, if it has the lowest loss on the validation rows
+        so far."""
+        if loss is None or not self.settings.keep_best:
+            return
+        loss = self.group.from_first(loss)  # all processes write, or none
+        if loss < (math.inf if self.progress.lowest is None else self.progress.lowest):
+            self.progress.lowest = loss
+            self._write_result(self.best)
+            self.report.note(f"step {self.progress.step}: the lowest valid_loss, {self.best}")
 
     def _samples(self, batches: list[list[Example]]) -> dict[str, Any]:
         model = self.trainee.model
@@ -851,19 +876,19 @@ class Run:
         """
         settings, group = self.settings, self.group
         self.out.mkdir(parents=True, exist_ok=True)
-        self._write_result()
+        self._write_result(self.result)
         checkpoint.save(
             self.out, asdict(self.progress), self.trainee, self.optimizer, settings.keep, group
         )
 
-    def _write_result(self) -> None:
+    def _write_result(self, place: Path) -> None:
         settings, group = self.settings, self.group
         model = self.trainee.model
         assert isinstance(model, Qwen2Audio)
         if settings.adapter is not None:
             if group.first:
                 try:
-                    lora.save(model, self.result, settings.model)
+                    lora.save(model, place, settings.model)
                 except CheckpointError as error:
                     raise CheckpointError(f"{error}{AGAIN}") from error
             return
@@ -874,7 +899,7 @@ class Run:
             return
         try:
             saving.write(
-                self.result,
+                place,
                 self.config,
                 {name: tuple(tensor.shape) for name, tensor in state.items()},
                 lambda name: parallel.whole(state[name]).to(torch.bfloat16),
