@@ -20,6 +20,7 @@ from qwen2audio_core.chat import AUDIO
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.evaluation import harness, manifest, metrics, normalize, tasks
 from qwen2audio_core.evaluation.tasks import Rules
+from qwen2audio_core.holding import held
 from qwen2audio_core.rows import parse
 from qwen2audio_core.tokenizer import Tokenizer
 
@@ -168,7 +169,7 @@ def test_more_rows_make_a_narrower_interval() -> None:
 def test_answers_of_nothing_and_about_nothing_count() -> None:
     found = metrics.error_rate([["a"], []], [[], ["x", "y"]])
     assert found.value == 3.0 and found.detail == "0 wrong, 1 left out, 2 too many of 1"
-    with pytest.raises(InputError, match="no word is left"):
+    with pytest.raises(InputError, match="not scored: no expected answer has a word"):
         metrics.error_rate([[], []], [["x"], []])
 
 
@@ -511,12 +512,46 @@ def test_rows_that_fail_are_named_and_asked_again(run, tmp_path: Path) -> None:
     rows[0]["audio"] = "later.flac"
     file = write(tmp_path / "rows.jsonl", rows)
     code, table, told = run(file, "-o", out)
-    assert code == 2 and "rows.jsonl:1: " in told and "1 of 2 rows have no answer" in told
+    assert code == 2 and "rows.jsonl:1: " in told and "not in the scores: 1 of 2 rows" in told
     assert "clips_fr" in table and "clips_de" not in table
     assert json.loads((out / "scores.json").read_text("utf-8"))["failed"] == 1
     (tmp_path / "later.flac").write_bytes(Path(spoken("de")[0]["audio"]).read_bytes())
     code, table, _ = run(file, "-o", out)
     assert code == 0 and "clips_fr" in table and "clips_de" in table
+
+
+def test_a_model_that_is_not_there_leaves_no_folder(run, tmp_path: Path) -> None:
+    file, out = write(tmp_path / "rows.jsonl", spoken("de")), tmp_path / "out"
+    for words in (("-m", tmp_path / "nothing"), ("--repetition-penalty", "-1")):
+        code, table, told = run(file, "-o", out, *words)
+        assert (code, table) == (2, "") and told.count("\n") == 1 and not out.exists()
+
+
+def test_a_second_run_in_the_folder_is_refused(run, tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("fcntl", reason="this system has no such locks")
+    file, out = write(tmp_path / "rows.jsonl", spoken("de")), tmp_path / "out"
+    no_model(monkeypatch)
+    with held(out):
+        code, table, told = run(file, "-o", out)
+    assert (code, table) == (2, "") and "another run is writing there" in told
+
+
+def test_texts_that_are_no_unicode_come_back_as_they_were(run, tmp_path: Path) -> None:
+    row = {**spoken("de")[0], "source": "half \ud800\n\x1b[2J", "gt": "Ich \ud800 trinke"}
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    file.write_text(json.dumps(row) + "\n")
+    code, table, _ = run(file, "-o", out)
+    assert code == 0 and table.count("\n") == 1 and "\x1b" not in table
+    (told,) = [json.loads(line) for line in (out / "answers.jsonl").read_text("utf-8").splitlines()]
+    assert told["gt"] == row["gt"] and told["source"] == row["source"]
+    assert run(file, "-o", out)[1] == run(out / "answers.jsonl")[1] == table
+
+
+def test_a_source_without_words_takes_no_other_score_along(run, tmp_path: Path) -> None:
+    rows = [*spoken("de"), {**spoken("fr")[0], "gt": "...", "source": "silence"}]
+    code, table, _ = run(write(tmp_path / "rows.jsonl", rows))
+    assert code == 0 and "WER 0.00 %" in table
+    assert "silence   asr fr  not scored: no expected answer has a word" in table
 
 
 def test_parts_come_together_again(run, tmp_path: Path) -> None:
@@ -580,7 +615,7 @@ def test_what_scores_need_is_asked_for_first(
     [
         (("missing.jsonl",), "missing.jsonl: no such file"),
         ((".",), "cannot read it"),
-        (("rows.jsonl", "-o", "file"), "cannot be written to"),
+        (("rows.jsonl", "-o", "file"), "file: cannot be made (File exists)"),
         (("rows.jsonl", "-o", "foreign"), "of no run that is known"),
         (("rows.jsonl", "-o", "broken"), "run.json: not JSON"),
         (("rows.jsonl", "-o", "other"), "answers.jsonl:1: no answer of a run"),

@@ -2,13 +2,17 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from qwen2audio_core.options import Device, Dtype, Model, NoPack, Penalty, Quantize
 from qwen2audio_core.terminal import load, note, printable, quiet_libraries, write
+
+if TYPE_CHECKING:
+    from qwen2audio_core.evaluation.harness import Scores
 
 
 def evaluate(
@@ -74,11 +78,11 @@ def evaluate(
 
     from qwen2audio_core.errors import InputError
     from qwen2audio_core.evaluation import harness, manifest
+    from qwen2audio_core.holding import held
 
     place = Path(file)
     items = manifest.part_of(manifest.read(place, task, language, limit), part)
     harness.check_scorable(items)
-    done: list[tuple[manifest.Item, str]] = []
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if repetition_penalty is not None:
         settings["repetition_penalty"] = repetition_penalty
@@ -87,57 +91,59 @@ def evaluate(
         **{"part": part, "batch_size": batch_size, "long": long},
         "generation": harness.PUBLISHED | settings,
     }
-    folder = None
-    there = items[0].response is not None
-    if there and out is not None:
-        raise InputError(f"{file}: the answers are there already, leave --out away")
-    if out is not None:
-        folder = harness.Folder(Path(out), about)
-        done = folder.done(items)
+    if items[0].response is not None:
+        if out is not None:
+            raise InputError(f"{file}: the answers are there already, leave --out away")
+        found = harness.scores([(item, item.response or "") for item in items])
+        _tell(found, {"scores": harness.report(found)}, json_)
+        return
+    failed = cut = 0
+    with nullcontext() if out is None else held(Path(out)):
+        folder = None if out is None else harness.Folder(Path(out), about)
+        done = folder.done(items) if folder is not None else []
         if done:
             note(f"{out}: {len(done):,} of {len(items):,} rows are answered there")
-    if there:
-        done = [(item, item.response or "") for item in items]
-    answered = {item.number for item, _ in done}
-    left = [item for item in items if item.number not in answered]
-    failed = cut = 0
-    if left:
-        assistant = load(model, device, dtype, no_pack, quantize)
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True, quiet=not sys.stderr.isatty()),
-            transient=True,
-        )
-        options: dict[str, Any] = {"batch_size": batch_size, "long": long, "notice": note}
-        with quiet_libraries(), bar as progress:
-            rows = progress.add_task("rows", total=len(left))
-            for answer in harness.ask(assistant, left, **options, **settings):
-                progress.advance(rows)
-                if answer.error:
-                    failed += 1
-                    note(f"error: {answer.error}")
-                    continue
-                cut += answer.finish_reason == "length"
-                done.append((answer.item, answer.response))
-                if folder is not None:
-                    folder.add(answer)
+        answered = {item.number for item, _ in done}
+        left = [item for item in items if item.number not in answered]
+        if left:
+            assistant = load(model, device, dtype, no_pack, quantize)
+            bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True, quiet=not sys.stderr.isatty()),
+                transient=True,
+            )
+            options: dict[str, Any] = {"batch_size": batch_size, "long": long, "notice": note}
+            with quiet_libraries(), bar as progress:
+                rows = progress.add_task("rows", total=len(left))
+                for answer in harness.ask(assistant, left, **options, **settings):
+                    progress.advance(rows)
+                    if answer.error:
+                        failed += 1
+                        note(f"error: {answer.error}")
+                        continue
+                    cut += answer.finish_reason == "length"
+                    done.append((answer.item, answer.response))
+                    if folder is not None:
+                        folder.add(answer)
+        found = harness.scores(done)
+        report = {**about, "failed": failed, "scores": harness.report(found)}
+        if folder is not None:
+            note(f"wrote {printable(str(folder.finish(report)))}")
     if cut:
         note(f"{cut:,} answers ran into --max-new-tokens {max_new_tokens}")
-    found = harness.scores(done)
     if failed:
-        note(f"{failed:,} of {len(items):,} rows have no answer and are not in the scores")
-    report = {**about, "failed": failed, "scores": harness.report(found)}
-    if there:
-        report = {"failed": 0, "scores": harness.report(found)}
-    if folder is not None:
-        note(f"wrote {printable(str(folder.finish(report)))}")
-    if json_:
-        write(json.dumps(report, ensure_ascii=False) + "\n")
-    else:
-        for line in harness.table(found):
-            write(printable(line) + "\n")
+        note(f"without an answer, and so not in the scores: {failed:,} of {len(items):,} rows")
+    _tell(found, report, json_)
     if failed:
         raise typer.Exit(2)
+
+
+def _tell(found: "Scores", report: dict[str, Any], as_json: bool) -> None:
+    from qwen2audio_core.evaluation.harness import table
+
+    lines = [json.dumps(report)] if as_json else table(found)
+    for line in lines:
+        write(printable(line) + "\n")

@@ -15,20 +15,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen2audio_core.assistant import Assistant
+from qwen2audio_core.assistant import Assistant, change
 from qwen2audio_core.chat import AUDIO, DEFAULT_SYSTEM, Long, Prompt
 from qwen2audio_core.errors import InputError
 from qwen2audio_core.evaluation import tasks
 from qwen2audio_core.evaluation.manifest import Item
 from qwen2audio_core.evaluation.metrics import Score
-from qwen2audio_core.evaluation.tasks import NONE, Rules
-from qwen2audio_core.rows import Row, turns
-from qwen2audio_core.sampling import check_whole
+from qwen2audio_core.evaluation.tasks import Rules
+from qwen2audio_core.rows import Row, lines, turns
+from qwen2audio_core.sampling import Settings, check_whole
 from qwen2audio_core.transcribe import CLIP
 
 TOGETHER = 16  # batches of rows that are sorted by length
 # Of the published evaluation. The repetition penalty is the checkpoint's: the scripts leave it so.
 PUBLISHED: dict[str, Any] = {"greedy": True, "max_new_tokens": 256, "min_new_tokens": 1}
+
+
+# By source and kind of answer; a line where there is no score says why.
+Scores = dict[tuple[str, Rules], Score | str]
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ def ask(
     options     generation settings as in Assistant, beside PUBLISHED
     """
     check_whole("batch_size", batch_size, 1)
+    change(Settings(), **PUBLISHED | options)  # before clips are read
     size = batch_size * TOGETHER
     groups = [items[first : first + size] for first in range(0, len(items), size)]
 
@@ -126,55 +131,50 @@ def _prompt(
         return InputError(f"{item.where}: {error}")
 
 
-def scores(answers: Sequence[tuple[Item, str]]) -> dict[tuple[str, Rules], Score | None]:
-    """Of each source, and of each kind of answer in it; None where nothing is compared."""
+def scores(answers: Sequence[tuple[Item, str]]) -> Scores:
+    """Of each source, and of each kind of answer in it."""
     groups: dict[tuple[str, Rules], list[tuple[Item, str]]] = defaultdict(list)
     for item, response in answers:
         groups[item.source, item.rules].append((item, response))
-    found: dict[tuple[str, Rules], Score | None] = {}
+    found: Scores = {}
     for (source, by), some in sorted(groups.items()):
         expected, given = [item.expected or "" for item, _ in some], [text for _, text in some]
         try:
-            found[source, by] = None if by.task == NONE else tasks.score(by, expected, given)
+            found[source, by] = tasks.score(by, expected, given)
         except InputError as error:
-            raise InputError(f"{source or 'the rows'} ({by}): {error}") from error
+            found[source, by] = str(error)
     return found
 
 
 def check_scorable(items: Sequence[Item]) -> None:
     """Raise InputError where an answer could not be scored for want of a package. Answering takes
     hours, and comes first."""
-    for by in {item.rules for item in items if item.rules.task != NONE}:
+    for by in {item.rules for item in items if item.rules.task != tasks.NONE}:
         tasks.score(by, ["1"], ["1"])
 
 
 class Folder:
     """Where a run is written down.
 
-    folder   made if it is not there
     about    what the run is: JSON, in which a run that goes on must not differ
     errors   InputError where another run is, or what is there cannot be read or written
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]):
-        self.folder = folder
-        self._answers = folder / "answers.jsonl"
-        settings = folder / "run.json"
+        self.folder, self._about = folder, about
+        self._settings, self._answers = folder / "run.json", folder / "answers.jsonl"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if settings.exists():
-                _check_same(settings, json.loads(settings.read_text("utf-8")), about)
+            if self._settings.exists():
+                _check_same(self._settings, json.loads(self._settings.read_text("utf-8")), about)
             elif self._answers.exists():
                 raise InputError(f"{self._answers}: of no run that is known: choose another folder")
-            else:
-                _write(settings, about)
             self._cut_torn_end()
+        except InputError:
+            raise
         except OSError as error:
             raise _unusable(error, folder) from error
         except ValueError as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{settings}: not JSON ({error})") from error
+            raise InputError(f"{self._settings}: not JSON ({error})") from error
 
     def done(self, items: Sequence[Item]) -> list[tuple[Item, str]]:
         """Those of the rows that have been answered, with their answers."""
@@ -182,12 +182,10 @@ class Folder:
         if not self._answers.exists():
             return []
         found: dict[int, str] = {}
-        for n, line in enumerate(self._answers.read_text("utf-8").split("\n"), 1):
-            if not line:
-                continue
+        for n, _, line in lines(self._answers):
             try:
                 told = json.loads(line)
-                found[told["row"]] = str(told["response"])
+                found[int(told["row"])] = str(told["response"])
             except (ValueError, TypeError, KeyError) as error:
                 raise InputError(f"{self._answers}:{n}: no answer of a run ({error!r})") from error
         return [(of[number], text) for number, text in found.items() if number in of]
@@ -195,10 +193,10 @@ class Folder:
     def add(self, answer: Answer) -> None:
         """Write an answer down, at once."""
         told = answer.item.told(answer.response, answer.finish_reason)
-        line = json.dumps(told, ensure_ascii=False).encode(errors="surrogatepass")
         try:
+            self._begin()
             with self._answers.open("ab") as file:
-                file.write(line + b"\n")
+                file.write(_json(told) + b"\n")
         except OSError as error:
             raise _unusable(error, self._answers) from error
 
@@ -206,10 +204,15 @@ class Folder:
         """Write the scores; returns the file."""
         file = self.folder / "scores.json"
         try:
+            self._begin()
             _write(file, report)
         except OSError as error:
             raise _unusable(error, file) from error
         return file
+
+    def _begin(self) -> None:
+        if not self._settings.exists():
+            _write(self._settings, self._about)
 
     def _cut_torn_end(self) -> None:
         """A line that was being written when the run was killed."""
@@ -230,9 +233,14 @@ def _check_same(file: Path, before: Any, now: dict[str, Any]) -> None:
             )
 
 
+def _json(content: Any, indent: int | None = None) -> bytes:
+    """In UTF-8; half of a pair of surrogates, which that has no place for, as JSON escapes it."""
+    return json.dumps(content, ensure_ascii=False, indent=indent).encode(errors="backslashreplace")
+
+
 def _write(file: Path, content: Any) -> None:
     aside = file.with_name(file.name + ".part")
-    aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    aside.write_bytes(_json(content, indent=1) + b"\n")
     os.replace(aside, file)
 
 
@@ -246,19 +254,20 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def table(found: dict[tuple[str, Rules], Score | None]) -> list[str]:
+def table(found: Scores) -> list[str]:
     """Lines for a person."""
-    names = [(source or "(no source)", str(by)) for source, by in found]
+    names = [(" ".join(source.split()) or "(no source)", str(by)) for source, by in found]
     wide, broad = (max((len(name[i]) for name in names), default=0) for i in (0, 1))
     lines = []
     for (source, by), score in zip(names, found.values(), strict=True):
-        lines.append(f"{source:{wide}}  {by:{broad}}  {score or 'not scored'}")
+        lines.append(f"{source:{wide}}  {by:{broad}}  {score}")
     return lines
 
 
-def report(found: dict[tuple[str, Rules], Score | None]) -> list[dict[str, Any]]:
+def report(found: Scores) -> list[dict[str, Any]]:
     """Scores as JSON."""
     return [
-        {"source": source, **by._asdict(), **({} if score is None else asdict(score))}
+        {"source": source, **by._asdict()}
+        | (asdict(score) if isinstance(score, Score) else {"not_scored": score})
         for (source, by), score in found.items()
     ]

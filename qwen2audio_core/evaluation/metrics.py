@@ -42,7 +42,7 @@ def error_rate(
 
     expected, given  the items of each row, from normalize.items
     metric           its name
-    errors           InputError where nothing is expected at all; where jiwer is not installed
+    errors           InputError where no item is expected; where jiwer is not installed
     """
     try:
         import jiwer
@@ -50,7 +50,7 @@ def error_rate(
         raise _missing() from error
     lengths = np.array([len(row) for row in expected])
     if not lengths.sum():
-        raise InputError("no word is left in any expected answer, there is nothing to be wrong in")
+        raise InputError("not scored: no expected answer has a word")
     pairs = [" ".join(row) for row in expected], [" ".join(row) for row in given]
     found = jiwer.process_words(*pairs)
     edits = np.array([sum(map(_edits, chunks)) for chunks in found.alignments])

@@ -102,5 +102,7 @@ def rules(prompt: str, task: str | None = None, language: str | None = None) -> 
 
 
 def score(by: Rules, expected: Sequence[str], given: Sequence[str]) -> Score:
-    """Of all answers of one kind together."""
+    """Of all answers of one kind together. InputError, which says why, where there is none."""
+    if by.task == NONE:
+        raise InputError("not scored")
     return TASKS[by.task].score(expected, given, by.language)
