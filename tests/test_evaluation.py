@@ -465,6 +465,24 @@ def test_a_run_is_scored_written_down_and_not_asked_twice(run, tmp_path: Path, m
     assert json.loads(printed)["scores"] == scores["scores"]
 
 
+def test_mistakes_are_written_down_as_they_were_compared(run, tmp_path: Path) -> None:
+    rows, out = spoken("de") + spoken("zh"), tmp_path / "out"
+    rows[0] = {**rows[0], "gt": "Ich möchte ZWEI Tassen, bitte."}
+    rows.append({**spoken("fr")[0], "prompt": "Which language is this?", "gt": "French"})
+    code, _, _ = run(write(tmp_path / "rows.jsonl", rows[:2]), "-o", out)
+    lines = (out / "wrong.jsonl").read_text("utf-8").splitlines()
+    (one,) = map(json.loads, lines)
+    assert code == 0 and one["row"] == 1 and one["expected"] == "ich möchte zwei tassen bitte"
+    assert one["wrong"] == edits(one["expected"].split(), one["given"].split())
+    items = manifest.read(write(tmp_path / "rows.jsonl", rows), "label")
+    texts = [(items[0], " Ich möchte ZWEI Tassen, bitte."), (items[2], "Spanish")]
+    (one,) = harness.mistakes(texts, harness.scores(texts))
+    assert one == {
+        **{"wrong": 1, "row": 3, "source": "clips_fr"},
+        **{"expected": "French", "given": "Spanish"},
+    }
+
+
 def test_a_stopped_run_goes_on(run, tmp_path: Path) -> None:
     file, out = write(tmp_path / "rows.jsonl", spoken("de", "fr", "it")), tmp_path / "out"
     options = ("-o", out, "--batch-size", 1)

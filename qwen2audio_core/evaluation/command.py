@@ -131,7 +131,8 @@ def evaluate(
         found = harness.scores(done)
         report = {**about, "failed": failed, "scores": harness.report(found)}
         if folder is not None:
-            note(f"wrote {printable(str(folder.finish(report)))}")
+            files = folder.finish(report, harness.mistakes(done, found))
+            note(f"wrote {printable(', '.join(map(str, files)))}")
     if cut:
         note(f"{cut:,} answers ran into --max-new-tokens {max_new_tokens}")
     if failed:

@@ -1,8 +1,11 @@
 """Rows to answers: asked in batches, written down as they come, gone on with where it was stopped.
 
+items --ask--> answers --scores--> a Score of each source --mistakes--> rows to look at
+
 OUT/run.json       what is asked of what: another run does not go on here
 OUT/answers.jsonl  a line for each answer, in the order they came
 OUT/scores.json    a Score for each source
+OUT/wrong.jsonl    the rows with mistakes, most of them first
 """
 
 import hashlib
@@ -133,17 +136,41 @@ def _prompt(
 
 def scores(answers: Sequence[tuple[Item, str]]) -> Scores:
     """Of each source, and of each kind of answer in it."""
-    groups: dict[tuple[str, Rules], list[tuple[Item, str]]] = defaultdict(list)
-    for item, response in answers:
-        groups[item.source, item.rules].append((item, response))
     found: Scores = {}
-    for (source, by), some in sorted(groups.items()):
+    for (source, by), some in sorted(_groups(answers).items()):
         expected, given = [item.expected or "" for item, _ in some], [text for _, text in some]
         try:
             found[source, by] = tasks.score(by, expected, given)
         except InputError as error:
             found[source, by] = str(error)
     return found
+
+
+def mistakes(answers: Sequence[tuple[Item, str]], found: Scores) -> list[dict[str, Any]]:
+    """The rows with something wrong, as they were compared, those with most of it first."""
+    wrong: list[dict[str, Any]] = []
+    for key, some in _groups(answers).items():
+        score = found[key]
+        if not isinstance(score, Score) or not score.wrong:
+            continue
+        by = key[1]
+        compared = tasks.TASKS[by.task].compared
+        for (item, text), count in zip(some, score.wrong, strict=True):
+            if count:
+                told: dict[str, Any] = {"wrong": count, "row": item.number, "source": item.source}
+                told["expected"] = compared(item.expected or "", by.language)
+                told["given"] = compared(text, by.language)
+                wrong.append(told)
+    return sorted(wrong, key=lambda one: (-one["wrong"], one["row"]))
+
+
+def _groups(
+    answers: Sequence[tuple[Item, str]],
+) -> dict[tuple[str, Rules], list[tuple[Item, str]]]:
+    groups: dict[tuple[str, Rules], list[tuple[Item, str]]] = defaultdict(list)
+    for item, response in answers:
+        groups[item.source, item.rules].append((item, response))
+    return groups
 
 
 def check_scorable(items: Sequence[Item]) -> None:
@@ -200,19 +227,20 @@ class Folder:
         except OSError as error:
             raise _unusable(error, self._answers) from error
 
-    def finish(self, report: dict[str, Any]) -> Path:
-        """Write the scores; returns the file."""
-        file = self.folder / "scores.json"
+    def finish(self, report: dict[str, Any], wrong: Sequence[dict[str, Any]]) -> list[Path]:
+        """Write the scores, and the rows with mistakes; returns the files."""
+        scored, told = self.folder / "scores.json", self.folder / "wrong.jsonl"
         try:
             self._begin()
-            _write(file, report)
+            _write(told, b"".join(_json(one) + b"\n" for one in wrong))
+            _write(scored, _json(report, indent=1) + b"\n")
         except OSError as error:
-            raise _unusable(error, file) from error
-        return file
+            raise _unusable(error, self.folder) from error
+        return [scored, told]
 
     def _begin(self) -> None:
         if not self._settings.exists():
-            _write(self._settings, self._about)
+            _write(self._settings, _json(self._about, indent=1) + b"\n")
 
     def _cut_torn_end(self) -> None:
         """A line that was being written when the run was killed."""
@@ -238,14 +266,20 @@ def _json(content: Any, indent: int | None = None) -> bytes:
     return json.dumps(content, ensure_ascii=False, indent=indent).encode(errors="backslashreplace")
 
 
-def _write(file: Path, content: Any) -> None:
+def _write(file: Path, content: bytes) -> None:
     aside = file.with_name(file.name + ".part")
-    aside.write_bytes(_json(content, indent=1) + b"\n")
+    aside.write_bytes(content)
     os.replace(aside, file)
 
 
 def _unusable(error: OSError, place: Path) -> InputError:
     return InputError(f"{place}: cannot be written to ({error.strerror})")
+
+
+def _told(score: Score) -> dict[str, Any]:
+    told = asdict(score)
+    del told["wrong"]
+    return told
 
 
 def digest(file: Path) -> str:
@@ -268,6 +302,6 @@ def report(found: Scores) -> list[dict[str, Any]]:
     """Scores as JSON."""
     return [
         {"source": source, **by._asdict()}
-        | (asdict(score) if isinstance(score, Score) else {"not_scored": score})
+        | ({"not_scored": score} if isinstance(score, str) else _told(score))
         for (source, by), score in found.items()
     ]

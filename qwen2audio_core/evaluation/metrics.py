@@ -5,7 +5,7 @@ middle 95 % of what comes out. It says how much another draw of such rows would 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class Score:
     high: float
     rows: int
     detail: str  # what was counted, or sacreBLEU's signature
+    wrong: Sequence[int] = field(default=(), repr=False)  # in each row; empty for BLEU
 
     def __str__(self) -> str:
         shown = (100 * x if self.metric != "BLEU" else x for x in (self.value, self.low, self.high))
@@ -58,14 +59,14 @@ def error_rate(
         f"{found.substitutions:,} wrong, {found.deletions:,} left out, {found.insertions:,} too"
         f" many of {lengths.sum():,}"
     )
-    return _ratio(metric, edits, lengths, detail)
+    return _ratio(metric, edits, lengths, detail, edits)
 
 
 def accuracy(expected: Sequence[str], given: Sequence[str]) -> Score:
     """The part of the answers that are the expected ones to the letter, but for spaces around."""
     right = np.array([a.strip() == b.strip() for a, b in zip(expected, given, strict=True)], int)
     detail = f"{right.sum():,} of {len(right):,} right"
-    return _ratio("accuracy", right, np.ones_like(right), detail)
+    return _ratio("accuracy", right, np.ones_like(right), detail, 1 - right)
 
 
 def bleu(expected: Sequence[str], given: Sequence[str], language: str) -> Score:
@@ -103,7 +104,9 @@ def _edits(chunk: object) -> int:
     return 0 if kind == "equal" else max(reference, hypothesis)
 
 
-def _ratio(metric: str, counts: np.ndarray, sizes: np.ndarray, detail: str) -> Score:
+def _ratio(
+    metric: str, counts: np.ndarray, sizes: np.ndarray, detail: str, wrong: np.ndarray
+) -> Score:
     draw, found = np.random.default_rng(0), []
     for _ in range(DRAWS):
         rows = draw.integers(0, len(counts), len(counts))
@@ -111,7 +114,8 @@ def _ratio(metric: str, counts: np.ndarray, sizes: np.ndarray, detail: str) -> S
             found.append(counts[rows].sum() / size)
     low, high = np.quantile(found, (0.025, 0.975))
     value = counts.sum() / sizes.sum()
-    return Score(metric, float(value), float(low), float(high), len(counts), detail)
+    interval = float(low), float(high)
+    return Score(metric, float(value), *interval, len(counts), detail, wrong.tolist())
 
 
 def _missing() -> InputError:

@@ -41,6 +41,7 @@ class Task:
     prompts: re.Pattern[str]  # that tell it
     language: Callable[[str], str] | None  # of the answers, by the prompt; None: no difference
     score: Callable[[Sequence[str], Sequence[str], str], Score]  # expected, given, language
+    compared: Callable[[str, str], str]  # a text and its language to what of it is compared
 
 
 def _tag(prompt: str) -> str:
@@ -60,17 +61,32 @@ def _recognized(expected: Sequence[str], given: Sequence[str], language: str) ->
     return metrics.error_rate(wanted, written, "CER" if language in UNSPACED else "WER")
 
 
+def _words(text: str, language: str) -> str:
+    return ("" if language in UNSPACED else " ").join(normalize.items(text, language))
+
+
 def _labelled(expected: Sequence[str], given: Sequence[str], language: str) -> Score:
     return metrics.accuracy(expected, given)
 
 
 TASKS = {
-    "asr": Task(re.compile("^Detect the language and recognize the speech:"), _tag, _recognized),
+    "asr": Task(
+        re.compile("^Detect the language and recognize the speech:"),
+        _tag,
+        _recognized,
+        _words,
+    ),
     "translate": Task(
-        re.compile("^Detect the language and translate the speech into "), _target, metrics.bleu
+        re.compile("^Detect the language and translate the speech into "),
+        _target,
+        metrics.bleu,
+        lambda text, language: text,
     ),
     "label": Task(
-        re.compile("^(Recognize the emotion|Classify the human vocal sound) "), None, _labelled
+        re.compile("^(Recognize the emotion|Classify the human vocal sound) "),
+        None,
+        _labelled,
+        lambda text, language: text.strip(),
     ),
 }
 NONE = "none"
